@@ -1,0 +1,109 @@
+"""The same steps as the command line's, from Python.
+
+import mpdeploy
+result = mpdeploy.run("recipes/quickstart.toml")
+print(result.verdict, result.bundle / "report.html")
+"""
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mpdeploy import bundle as bundles
+from mpdeploy.artifact import Artifact, check_files, read_json
+from mpdeploy.pipeline import Silent, Step, Watcher, compile_recipe
+from mpdeploy.pipeline import plan as plan_steps
+from mpdeploy.planning import Preview, preview
+from mpdeploy.recipe import RecipeFile, load_recipe
+from mpdeploy.stages import STAGES
+from mpdeploy.store import Store, space_errors_named
+
+LAST = STAGES[-1].name
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a run came to.
+
+    Attributes:
+        artifacts: one per stage that was asked for.
+        bundle: the bundle's folder, None where the run stopped before the last stage.
+        verdict: "holds", "refuted", "unchecked"; None where the run stopped before the last stage.
+        summary: contents of verdict.json, empty where there is none.
+    """
+
+    artifacts: Mapping[str, Artifact]
+    bundle: Path | None
+    verdict: str | None
+    summary: Mapping[str, Any]
+
+
+def default_store() -> Path:
+    """Return $MPDEPLOY_STORE, or .mpdeploy in the current folder."""
+    return Path(os.environ.get("MPDEPLOY_STORE", ".mpdeploy"))
+
+
+def run(
+    recipe: str | Path | RecipeFile,
+    *,
+    to: str = LAST,
+    sets: Sequence[str] = (),
+    store: str | Path | None = None,
+    out: str | Path | None = None,
+    watcher: Watcher | None = None,
+) -> Run:
+    """Compile a recipe and write its bundle.
+
+    Args:
+        recipe: a TOML file, or one already loaded.
+        to: the last stage to run; a bundle is written only after the very last.
+        sets: overrides "table.key=value".
+        store: where artefacts are kept; default `default_store()`.
+        out: the bundle's folder; default bundles/<recipe name>.
+        watcher: who wants to know how it goes.
+
+    Raises:
+        MpdeployError: anything that kept the work from being done. A failed gate is not an error but a verdict.
+    """
+    file = recipe if isinstance(recipe, RecipeFile) else load_recipe(Path(recipe), sets)
+    watcher = watcher or Silent()
+    home = Store(Path(store) if store else default_store())
+    artifacts = compile_recipe(file.recipe, home, to, watcher)
+    if to != LAST:
+        return Run(artifacts, None, None, {})
+    folder = Path(out) if out else Path("bundles") / file.recipe.name
+    with space_errors_named(folder):
+        _write_bundle(folder, file, artifacts, watcher)
+    verdict = read_json(folder / "verdict.json")
+    return Run(artifacts, folder, verdict["verdict"], verdict)
+
+
+def _write_bundle(folder: Path, file: RecipeFile, artifacts: Mapping[str, Artifact], watcher: Watcher) -> None:
+    """Write the bundle, or check the one that is there."""
+    if bundles.is_current(folder, file, artifacts):
+        check_files(folder, read_json(folder / "manifest.json")["files"], "The bundle")
+        watcher.stage("report", "reused", str(folder))
+        return
+    # report draws with matplotlib: imported only when a page is really drawn.
+    from importlib import import_module
+
+    render = import_module("mpdeploy.report").render
+    watcher.stage("report", "running", str(folder))
+    bundles.assemble(folder, file, artifacts, render, lambda d, t: watcher.progress("writing the bundle", d, t))
+    watcher.stage("report", "done", str(folder))
+
+
+def plan(
+    recipe: str | Path | RecipeFile, *, to: str = LAST, sets: Sequence[str] = (), store: str | Path | None = None
+) -> list[Step]:
+    """Say which stage would run or be reused, and why; does no work."""
+    file = recipe if isinstance(recipe, RecipeFile) else load_recipe(Path(recipe), sets)
+    return plan_steps(file.recipe, Store(Path(store) if store else default_store()), to)
+
+
+def layers(recipe: str | Path | RecipeFile, *, sets: Sequence[str] = ()) -> Preview:
+    """Return what the recipe would do to each layer; reads no weights and no images."""
+    file = recipe if isinstance(recipe, RecipeFile) else load_recipe(Path(recipe), sets)
+    return preview(file.recipe)

@@ -1,0 +1,1 @@
+"""What a change to a network did to the dense margins: functions of arrays, no disk."""

@@ -1,0 +1,220 @@
+"""The command line: the only module that prints or exits.
+
+stdout carries the result (a table, or JSON with --json), stderr the progress. Exit codes: 0 every gate passed, 1 a gate
+failed, 2 recipe or usage, 3 not available here, 4 inconclusive or unchecked, 5 a stage failed or a file is not what was
+written, 70 a bug, 130 interrupted.
+"""
+
+import dataclasses
+import json
+import os
+import sys
+import traceback
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from mpdeploy import __version__
+from mpdeploy.errors import MpdeployError
+
+EXIT_OF_VERDICT = {"holds": 0, "refuted": 1, "unchecked": 4}
+BUG, INTERRUPTED = 70, 130
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Prune, certify, export, build and audit vision networks.",
+    epilog="Exit codes: 0 gates passed, 1 a gate failed, 2 recipe or usage, 3 not available here, "
+    "4 inconclusive, 5 a stage failed, 70 a bug, 130 interrupted.",
+)
+
+RecipeArg = Annotated[Path, typer.Argument(metavar="RECIPE", help="A TOML recipe; `mpdeploy init` writes one.")]
+BundleArg = Annotated[Path, typer.Argument(metavar="BUNDLE", help="A folder that `mpdeploy run` wrote.")]
+SetOpt = Annotated[list[str] | None, typer.Option("--set", metavar="TABLE.KEY=VALUE", help="Override a recipe value.")]
+StoreOpt = Annotated[
+    Path | None, typer.Option("--store", help="Artefact store [$MPDEPLOY_STORE, .mpdeploy].")
+]
+JsonOpt = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+ToOpt = Annotated[str | None, typer.Option("--to", metavar="STAGE", help="Stop after this stage.")]
+
+
+def _version(value: bool) -> None:
+    if value:
+        typer.echo(f"mpdeploy {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Show it.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+) -> None:
+    if debug:
+        os.environ["MPDEPLOY_DEBUG"] = "1"
+
+
+@app.command()
+def plan(recipe: RecipeArg, sets: SetOpt = None, store: StoreOpt = None, as_json: JsonOpt = False) -> None:
+    """Say what would run and why, and what becomes of each layer; does no work."""
+    from mpdeploy import api
+    from mpdeploy.recipe import load_recipe
+    from mpdeploy.show import plan_tables
+
+    file = load_recipe(recipe, sets or [])
+    steps, preview = api.plan(file, store=store), api.layers(file)
+    if as_json:
+        _print_json({"steps": [dataclasses.asdict(s) for s in steps], **dataclasses.asdict(preview)})
+    else:
+        plan_tables(steps, preview)
+
+
+@app.command()
+def run(
+    recipe: RecipeArg,
+    to: ToOpt = None,
+    sets: SetOpt = None,
+    store: StoreOpt = None,
+    out: Annotated[Path | None, typer.Option("--out", help="The bundle's folder [bundles/NAME].")] = None,
+    as_json: JsonOpt = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")] = False,
+) -> None:
+    """Compile a recipe: run what has to run, reuse the rest, write the bundle, judge the gates."""
+    from mpdeploy import api
+    from mpdeploy.pipeline import Silent
+    from mpdeploy.recipe import load_recipe
+    from mpdeploy.show import Terminal, run_tables
+
+    file = load_recipe(recipe, sets or [])
+    with Terminal() if not quiet else _nothing() as watcher:
+        result = api.run(file, to=to or api.LAST, store=store, out=out, watcher=watcher or Silent())
+    if as_json:
+        chain = {name: artifact.digest for name, artifact in result.artifacts.items()}
+        _print_json({"bundle": str(result.bundle) if result.bundle else None, "chain": chain, **result.summary})
+    else:
+        run_tables(result)
+    raise typer.Exit(EXIT_OF_VERDICT[result.verdict] if result.verdict else 0)
+
+
+@app.command()
+def verify(
+    bundle: BundleArg,
+    expect: Annotated[str | None, typer.Option("--expect", help="The bundle's digest, had by another way.")] = None,
+    as_json: JsonOpt = False,
+) -> None:
+    """Check a bundle by another route than the one that made it; trusts nothing that is written in it."""
+    from mpdeploy.bundle import check_is_bundle
+    from mpdeploy.show import findings_table
+    from mpdeploy.verify import overall
+    from mpdeploy.verify import verify as check
+
+    check_is_bundle(bundle)
+    findings = check(bundle, expect)
+    verdict = overall(findings)
+    if as_json:
+        rows = [{"claim": f.claim, "verdict": str(f.verdict), "reason": f.reason} for f in findings]
+        _print_json({"verdict": str(verdict), "findings": rows})
+    else:
+        findings_table(findings, verdict)
+    raise typer.Exit(EXIT_OF_VERDICT[str(verdict)])
+
+
+@app.command()
+def report(
+    bundle: BundleArg,
+    out: Annotated[Path | None, typer.Option("--out", help="Where to write the page [BUNDLE.html].")] = None,
+) -> None:
+    """Draw a bundle's HTML page anew, beside the bundle, after re-hashing what it is drawn from."""
+    from mpdeploy.artifact import check_files, read_json
+    from mpdeploy.bundle import check_is_bundle
+    from mpdeploy.report import render
+    from mpdeploy.store import write_whole
+
+    check_is_bundle(bundle)
+    check_files(bundle, read_json(bundle / "manifest.json")["files"], "The bundle")
+    target = out or bundle.with_name(f"{bundle.resolve().name}.html")
+    write_whole(target, render(bundle))
+    typer.echo(target)
+
+
+@app.command()
+def doctor(as_json: JsonOpt = False) -> None:
+    """Say what this machine can do: packages, GPU, and one tiny real operation per runtime."""
+    from mpdeploy.doctor import examine
+    from mpdeploy.show import doctor_table
+
+    checks = examine()
+    if as_json:
+        _print_json([dataclasses.asdict(check) for check in checks])
+    else:
+        doctor_table(checks)
+    raise typer.Exit(3 if any(check.status == "broken" for check in checks) else 0)
+
+
+@app.command()
+def targets(as_json: JsonOpt = False) -> None:
+    """List the GPUs that mpdeploy knows: compute capability, peaks, and where each figure comes from."""
+    from mpdeploy.show import targets_table
+    from mpdeploy.targets import TARGETS
+
+    if as_json:
+        _print_json([dataclasses.asdict(target) for target in TARGETS])
+    else:
+        targets_table(TARGETS)
+
+
+@app.command()
+def init(
+    model: Annotated[str, typer.Argument(help="A timm model, torchvision:NAME, or package.module:function.")],
+    out: Annotated[Path | None, typer.Option("--out", help="The recipe's file [MODEL.toml].")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Overwrite a file that is there.")] = False,
+) -> None:
+    """Write a commented recipe for a model."""
+    from mpdeploy.init import write_recipe
+
+    typer.echo(write_recipe(model, out, force))
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON Schema of recipes, for editors and validators."""
+    from mpdeploy.recipe import Recipe
+
+    _print_json(Recipe.model_json_schema(by_alias=True))
+
+
+def _print_json(value: Any) -> None:
+    typer.echo(json.dumps(value, indent=2, allow_nan=False, default=str))
+
+
+class _nothing:  # noqa: N801 - reads as the word it stands for
+    """A watcher's place where nobody watches."""
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, *_: object) -> None:
+        return None
+
+
+def main() -> None:
+    """Run the command line and turn every exception into an exit code."""
+    try:
+        app()
+    except MpdeployError as error:
+        if os.environ.get("MPDEPLOY_DEBUG"):
+            traceback.print_exc()
+        typer.echo(f"error: {error}", err=True)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        typer.echo("interrupted: finished stages are kept; run the same command again to go on", err=True)
+        sys.exit(INTERRUPTED)
+    except BrokenPipeError:
+        # Whoever read our output has gone; the interpreter must not complain about it while closing stdout.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
+    except Exception:  # noqa: BLE001 - the one place where a bug becomes an exit code
+        traceback.print_exc()
+        typer.echo(f"This is a bug in mpdeploy {__version__}; the traceback above says where.", err=True)
+        sys.exit(BUG)

@@ -1,0 +1,226 @@
+"""Tables and progress for the terminal; only `cli` uses it."""
+
+import sys
+import time
+from collections.abc import Iterable, Sequence
+from types import TracebackType
+from typing import Any, Self
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from rich.text import Text
+
+from mpdeploy.api import Run
+from mpdeploy.pipeline import Step
+from mpdeploy.planning import LayerRow, Preview
+
+COLOURS = {"holds": "green", "ok": "green", "refuted": "red", "broken": "red"}
+RELEASE = {
+    "holds": "may be released",
+    "refuted": "must not be released",
+    "unchecked": "not established",
+}
+PIPED_WIDTH = 200
+
+
+def console() -> Console:
+    """Return where results go; wide when piped, so that no value is cut."""
+    return Console(width=None if sys.stdout.isatty() else PIPED_WIDTH, highlight=False, markup=False)
+
+
+def coloured(word: str) -> Text:
+    """Return a verdict in its colour."""
+    return Text(word, style=COLOURS.get(word, "yellow"))
+
+
+def table(title: str, columns: Sequence[str], right: Iterable[str] = ()) -> Table:
+    """Return an empty table; columns named in `right` hold numbers."""
+    made = Table(title=title, title_justify="left", header_style="bold", box=None, pad_edge=False)
+    numbers = set(right)
+    for column in columns:
+        made.add_column(column, justify="right" if column in numbers else "left", overflow="fold")
+    return made
+
+
+class Terminal:
+    """A run's progress on stderr: one line per stage, and a bar for what takes longer than a blink."""
+
+    def __init__(self) -> None:
+        self.console = Console(stderr=True, highlight=False, markup=False)
+        self.bar = Progress(
+            TextColumn("  {task.description}"),
+            BarColumn(bar_width=30),
+            TextColumn("{task.completed}/{task.total}"),
+            TimeElapsedColumn(),
+            console=self.console,
+            transient=True,
+            disable=not self.console.is_terminal,
+        )
+        self.task: TaskID | None = None
+        self.label = ""
+        self.started = time.perf_counter()
+
+    def __enter__(self) -> Self:
+        self.bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.bar.stop()
+
+    def stage(self, name: str, state: str, note: str) -> None:
+        """Print a line when a stage begins, waits, ends or is reused."""
+        if self.task is not None:
+            self.bar.remove_task(self.task)
+            self.task = None
+        now = time.perf_counter()
+        took = f"  {now - self.started:.1f} s" if state == "done" else ""
+        self.started = now
+        self.console.print(f"{name:<9} {state:<8} {note}{took}", soft_wrap=True)
+
+    def progress(self, label: str, done: int, total: int) -> None:
+        """Move the bar."""
+        if self.task is None or label != self.label:
+            if self.task is not None:
+                self.bar.remove_task(self.task)
+            self.task, self.label = self.bar.add_task(label, total=total), label
+        self.bar.update(self.task, completed=done, total=total)
+
+
+def plan_tables(steps: Sequence[Step], preview: Preview) -> None:
+    """Print which stages would run and what becomes of each layer."""
+    out = console()
+    stages = table("Stages", ("stage", "will", "why", "what it does"))
+    for step in steps:
+        stages.add_row(step.name, step.state, step.reason, step.summary)
+    out.print(stages, "")
+    layers = table("Layers", ("layer", "kind", "shape", "pattern", "axis", "MACs", "after", *preview.targets, "note"),
+                   right=("axis", "MACs", "after"))  # fmt: skip
+    for row in preview.rows:
+        layers.add_row(*_layer_cells(row, preview.targets))
+    out.print(layers, "")
+    share = 100 * (1 - preview.macs_after / preview.macs)
+    out.print(
+        f"MACs per image: dense {preview.macs / 1e9:.3f} G, on kept weights {preview.macs_after / 1e9:.3f} G "
+        f"(-{share:.2f} %). Only 2:4 runs on sparse tensor cores; a gain below is an estimate, not a measurement."
+    )
+
+
+def _layer_cells(row: LayerRow, names: Sequence[str]) -> list[str]:
+    """Return the cells of one layer."""
+    cells = [row.name, row.kind, "x".join(map(str, row.shape)), row.pattern or "dense"]
+    cells += ["" if row.axis is None else str(row.axis), f"{row.macs / 1e6:.2f} M", f"{row.macs_after / 1e6:.2f} M"]
+    notes = [row.reason] if row.reason else []
+    for name in names:
+        own = row.targets[name]
+        if not row.pattern:
+            cells.append("-")
+        elif not own["eligible"]:
+            cells.append("no")
+            notes.append(f"{name}: {own['rule']}")
+        elif own["gain_high"] <= 1.0:
+            cells.append("about nothing")
+        else:
+            cells.append(f"{own['gain_low']:.2f}-{own['gain_high']:.2f}x")
+    return [*cells, " ".join(dict.fromkeys(notes))]
+
+
+def run_tables(result: Run) -> None:
+    """Print the engines, the gates and where everything is."""
+    out = console()
+    if result.bundle is None:
+        stages = table("Made", ("stage", "artefact"))
+        for name, artifact in result.artifacts.items():
+            stages.add_row(name, str(artifact.root))
+        out.print(stages)
+        return
+    results = result.artifacts["validate"].json("results.json")
+    out.print(_engine_table(results), "")
+    gates = table("Gates", ("gate", "limit", "measured", "interval", "verdict", "why"), right=("limit", "measured"))
+    for gate in result.summary["gates"]:
+        interval = "" if gate["low"] is None else f"{gate['low']:.4g} .. {gate['high']:.4g}"
+        measured = "not measured" if gate["measured"] is None else f"{gate['measured']:.4g}"
+        gates.add_row(
+            gate["name"], f"{gate['limit']:.4g}", measured, interval, coloured(gate["verdict"]), gate["reason"]
+        )
+    out.print(gates, "")
+    verdict = str(result.verdict)
+    line = Text(f"{verdict}: ", style=COLOURS.get(verdict, "yellow"))
+    out.print(
+        line.append(f"{result.summary['deploy']} {RELEASE[verdict]}. {result.summary['reason']}", style="default")
+    )
+    out.print(f"bundle  {result.bundle}\nreport  {result.bundle / 'report.html'}", soft_wrap=True)
+
+
+def _engine_table(results: dict[str, Any]) -> Table:
+    """Return a row per engine, the dense network first."""
+    made = table(
+        f"Engines on {results['validation']['samples']} validation images",
+        ("engine", "top-1", "labels kept", "certified lost", "median ms", "dense twin ms", "twin/engine"),
+        right=("top-1", "labels kept", "certified lost", "median ms", "dense twin ms"),
+    )
+    made.add_row("dense network (PyTorch)", f"{100 * results['dense_top1']['value']:.2f} %", "", "", "", "", "")
+    made.add_row("tuned network (PyTorch)", f"{100 * results['tuned_top1']['value']:.2f} %", "", "", "", "", "")
+    for engine in results["engines"]:
+        if engine["status"] != "measured":
+            made.add_row(engine["id"], "built, not run here", "", "", "", "", "")
+            continue
+        speed = engine["latency"]
+        ratio = speed["ratio"]
+        made.add_row(
+            engine["id"],
+            f"{100 * engine['top1']['value']:.2f} %",
+            f"{100 * engine['agreement']['value']:.2f} %",
+            f"{engine['certified']['violations']} of {engine['certified']['n']}",
+            f"{speed['median_ms']:.3f}",
+            f"{speed['twin_median_ms']:.3f}",
+            f"{ratio['value']:.2f} ({ratio['low']:.2f}-{ratio['high']:.2f}) {speed['verdict']}",
+        )
+    return made
+
+
+def findings_table(findings: Sequence[Any], verdict: Any) -> None:
+    """Print what the independent checker found."""
+    out = console()
+    made = table("Findings", ("claim", "verdict", "reason"))
+    for finding in findings:
+        made.add_row(finding.claim, coloured(str(finding.verdict)), finding.reason)
+    out.print(made, "", coloured(str(verdict)))
+
+
+def doctor_table(checks: Sequence[Any]) -> None:
+    """Print what this machine can do."""
+    made = table("This machine", ("check", "status", "version", "detail", "hint"))
+    for check in checks:
+        made.add_row(check.name, coloured(check.status), check.version, check.detail, check.hint)
+    console().print(made)
+
+
+def targets_table(targets: Sequence[Any]) -> None:
+    """Print the known GPUs."""
+    peaks = ("fp16", "bf16", "int8")
+    columns = ("target", "name", "sm", "GB", "GB/s", *(f"{p} dense/2:4" for p in peaks), "W", "source")
+    made = table("Targets (tensor peaks in TFLOPS or TOPS)", columns, right=("sm", "GB", "GB/s", "W"))
+    for target in targets:
+        cells = [_pair(target.dense_tflops.get(p), target.sparse_tflops.get(p)) for p in peaks]
+        made.add_row(
+            target.key,
+            target.name,
+            _or_unknown(target.compute_capability),
+            _or_unknown(target.memory_gb),
+            _or_unknown(target.bandwidth_gbs),
+            *cells,
+            _or_unknown(target.power_w),
+            target.source,
+        )
+    console().print(made)
+
+
+def _pair(dense: float | None, sparse: float | None) -> str:
+    return f"{_or_unknown(dense)} / {_or_unknown(sparse)}"
+
+
+def _or_unknown(value: Any) -> str:
+    return "unknown" if value is None else f"{value:g}" if isinstance(value, int | float) else str(value)

@@ -1,0 +1,150 @@
+"""prune: zeros on the axis that the engines read, and an exact refit of what is left."""
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mpdeploy.artifact import Artifact, write_json
+from mpdeploy.errors import RecipeError, StageFailed, Unavailable
+from mpdeploy.recipe import Data, Prune, Table
+from mpdeploy.stage import Facts, Given, Stage
+from mpdeploy.stages.environment import needs, versions
+from mpdeploy.stages.images import open_images
+
+
+class Params(Table):
+    """How to prune, and where the calibration images are."""
+
+    prune: Prune
+    data: Data
+
+
+def asks(params: Params) -> Mapping[str, Any]:
+    """The images are pinned by the source artefact; their path is not part of what is asked."""
+    return params.prune.model_dump(mode="json")
+
+
+def run(params: Params, given: Given, out: Path) -> Facts:
+    """Prune the dense network with its calibration images."""
+    needs("prune", "torch", "timm", "safetensors")
+    import torch
+    from safetensors.numpy import save_file as save_arrays
+    from safetensors.torch import load_file, save_file
+
+    from mpdeploy.models import rebuild
+    from mpdeploy.pruning.layers import choose
+    from mpdeploy.pruning.macs import count
+    from mpdeploy.pruning.solve import prune_network
+
+    table, source = params.prune, given["source"]
+    device = usable_device(table.device)
+    architecture = source.json("model.json")
+    module = rebuild(architecture, load_file(source.path("dense.safetensors"))).to(device)
+    size = tuple(architecture["input_size"])
+    layers = choose(
+        module,
+        table.pattern,
+        table.skip,
+        size,
+        keep_stem_dense=table.keep_stem_dense,
+        keep_head_dense=table.keep_head_dense,
+    )
+    chosen = [layer for layer in layers if layer.pattern]
+    if not chosen:
+        why = layers[0].reason if layers else "it has no Linear or Conv2d layer"
+        raise RecipeError(
+            f"No layer of the network can be pruned to {table.pattern}: {why}.",
+            hint="`mpdeploy plan` lists each layer with the rule that keeps it dense.",
+        )
+    spectra = {layer.name: _spectrum(module.get_submodule(layer.name).weight) for layer in chosen}
+    images = open_images(params.data, source)
+    batches = [torch.from_numpy(x).to(device) for x in images.drawn("calibration", table.batch)]
+    results = prune_network(
+        module,
+        batches,
+        chosen,
+        method=table.method,
+        refit=table.refit,
+        damping=table.damping,
+        passes=table.passes,
+        progress=lambda done, total: given.progress("pruning layers", done, total),
+    )
+    by_name = {result.name: asdict(result) for result in results}
+    save_file({k: v.detach().cpu().contiguous() for k, v in module.state_dict().items()}, out / "pruned.safetensors")
+    save_arrays({name: s.eigenvalues.astype(np.float32) for name, s in spectra.items()}, out / "spectra.safetensors")
+    write_json(
+        out / "layers.json",
+        [{**asdict(layer), **by_name.get(layer.name, {}), **_described(spectra.get(layer.name))} for layer in layers],
+    )
+    macs = count(module, size)
+    write_json(out / "macs.json", {"total": macs.total, "other": macs.other, "layers": macs.layers})
+    return {"layers": len(layers), "pruned": len(chosen), "pattern": table.pattern, "macs": macs.total}
+
+
+def usable_device(name: str) -> str:
+    """Return the device's name.
+
+    Raises:
+        Unavailable: a GPU is asked for and there is none.
+    """
+    import torch
+
+    if name == "cuda" and not torch.cuda.is_available():
+        raise Unavailable('The recipe asks for device = "cuda", but PyTorch finds no GPU here.', hint='use "cpu".')
+    return name
+
+
+def _spectrum(weight: Any) -> Any:
+    """Fit the Marchenko-Pastur law to a layer's matrix (a convolution's im2col matrix)."""
+    from mpdeploy.pruning.spectrum import fit
+
+    return fit(weight.detach().double().flatten(1).cpu().numpy())
+
+
+def _described(spectrum: Any) -> dict[str, Any]:
+    if spectrum is None:
+        return {"spectrum": None}
+    names = ("sigma", "edge", "ks", "spikes", "bulk_fraction", "rows", "cols")
+    return {"spectrum": {name: getattr(spectrum, name) for name in names}}
+
+
+def ensures(made: Artifact) -> None:
+    """Every pruned layer holds its pattern in the bytes on disk, along input channels, and every weight is finite."""
+    check_pattern(made, "pruned.safetensors", made.json("layers.json"))
+
+
+def check_pattern(made: Artifact, file: str, layers: list[Mapping[str, Any]]) -> None:
+    """Re-read weights from disk and count groups that break the pattern.
+
+    Raises:
+        StageFailed: naming the first layer that breaks it, or a tensor that is not finite.
+    """
+    import torch
+    from safetensors.torch import load_file
+
+    from mpdeploy.pruning.patterns import Pattern, bad_groups
+
+    state = load_file(made.path(file))
+    for name, tensor in state.items():
+        if not bool(torch.isfinite(tensor.float()).all()):
+            raise StageFailed(f"{file}: the tensor {name} holds NaN or infinity.")
+    for layer in layers:
+        if layer["pattern"]:
+            bad = bad_groups(state[f"{layer['name']}.weight"], Pattern.parse(layer["pattern"]))
+            if bad:
+                raise StageFailed(f"{file}: {layer['name']} has {bad} groups that are not {layer['pattern']}.")
+
+
+STAGE = Stage(
+    name="prune",
+    summary="zero weights to the N:M pattern along input channels, refit the rest",
+    takes=("source",),
+    params=lambda recipe: Params(prune=recipe.prune, data=recipe.data),
+    asks=asks,
+    environment=lambda _: versions("torch", "numpy"),
+    run=run,
+    ensures=ensures,
+)

@@ -1,0 +1,1 @@
+"""Lies about a bundle, one function each. Every one has to be refused, for the right reason."""
