@@ -9,10 +9,9 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from mpdeploy.api import Run, layers, plan, run
+    from mpdeploy.api import Run, layers, plan, run, verify_bundle
     from mpdeploy.errors import CorruptArtifact, MpdeployError, RecipeError, StageFailed, Unavailable
     from mpdeploy.recipe import Recipe, RecipeFile, load_recipe
-    from mpdeploy.verify import verify
 
 _HOME = {
     "CorruptArtifact": "mpdeploy.errors",
@@ -27,7 +26,7 @@ _HOME = {
     "load_recipe": "mpdeploy.recipe",
     "plan": "mpdeploy.api",
     "run": "mpdeploy.api",
-    "verify": "mpdeploy.verify",
+    "verify_bundle": "mpdeploy.api",
 }
 
 __all__ = [
@@ -44,7 +43,7 @@ __all__ = [
     "load_recipe",
     "plan",
     "run",
-    "verify",
+    "verify_bundle",
 ]
 
 

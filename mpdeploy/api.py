@@ -13,12 +13,14 @@ from typing import Any
 
 from mpdeploy import bundle as bundles
 from mpdeploy.artifact import Artifact, check_files, read_json
+from mpdeploy.errors import CorruptArtifact
 from mpdeploy.pipeline import Silent, Step, Watcher, compile_recipe
 from mpdeploy.pipeline import plan as plan_steps
 from mpdeploy.planning import Preview, preview
 from mpdeploy.recipe import RecipeFile, load_recipe
 from mpdeploy.stages import STAGES
 from mpdeploy.store import Store, space_errors_named
+from mpdeploy.verify import Finding, Unreadable, verify
 
 LAST = STAGES[-1].name
 
@@ -107,3 +109,22 @@ def layers(recipe: str | Path | RecipeFile, *, sets: Sequence[str] = ()) -> Prev
     """Return what the recipe would do to each layer; reads no weights and no images."""
     file = recipe if isinstance(recipe, RecipeFile) else load_recipe(Path(recipe), sets)
     return preview(file.recipe)
+
+
+def verify_bundle(bundle: str | Path, expect: str | None = None) -> list[Finding]:
+    """Check a bundle by another route than the one that made it; `mpdeploy.verify.overall` sums the findings up.
+
+    Args:
+        bundle: the folder.
+        expect: the digest of its manifest.json, had by another way than the bundle.
+
+    Raises:
+        RecipeError: the folder is not a bundle.
+        CorruptArtifact: its manifest can't be read.
+    """
+    folder = Path(bundle)
+    bundles.check_is_bundle(folder)
+    try:
+        return verify(folder, expect)
+    except Unreadable as error:
+        raise CorruptArtifact(f"{error}") from error

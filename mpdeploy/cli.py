@@ -33,9 +33,7 @@ app = typer.Typer(
 RecipeArg = Annotated[Path, typer.Argument(metavar="RECIPE", help="A TOML recipe; `mpdeploy init` writes one.")]
 BundleArg = Annotated[Path, typer.Argument(metavar="BUNDLE", help="A folder that `mpdeploy run` wrote.")]
 SetOpt = Annotated[list[str] | None, typer.Option("--set", metavar="TABLE.KEY=VALUE", help="Override a recipe value.")]
-StoreOpt = Annotated[
-    Path | None, typer.Option("--store", help="Artefact store [$MPDEPLOY_STORE, .mpdeploy].")
-]
+StoreOpt = Annotated[Path | None, typer.Option("--store", help="Artefact store [$MPDEPLOY_STORE, .mpdeploy].")]
 JsonOpt = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 ToOpt = Annotated[str | None, typer.Option("--to", metavar="STAGE", help="Stop after this stage.")]
 
@@ -104,13 +102,11 @@ def verify(
     as_json: JsonOpt = False,
 ) -> None:
     """Check a bundle by another route than the one that made it; trusts nothing that is written in it."""
-    from mpdeploy.bundle import check_is_bundle
+    from mpdeploy.api import verify_bundle
     from mpdeploy.show import findings_table
     from mpdeploy.verify import overall
-    from mpdeploy.verify import verify as check
 
-    check_is_bundle(bundle)
-    findings = check(bundle, expect)
+    findings = verify_bundle(bundle, expect)
     verdict = overall(findings)
     if as_json:
         rows = [{"claim": f.claim, "verdict": str(f.verdict), "reason": f.reason} for f in findings]

@@ -34,6 +34,7 @@ def percent(value: Any) -> str:
     """Print a share in percent; what is not all or nothing is never rounded to 100 % or 0 %."""
     if _missing(value):
         return NOT_MEASURED
+    value = value + 0.0  # minus zero is zero
     for digits in range(1, 9):
         text = f"{100 * value:.{digits}f}"
         if value in (0, 1) or float(text) not in (0.0, 100.0):

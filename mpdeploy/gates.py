@@ -93,7 +93,7 @@ def judge(gates: Gates, deploy: str, results: Mapping[str, Any], certificate: Ma
         certificate: certificate.json of certify.
 
     Returns:
-        The contents of verdict.json: refuted if any gate is; else unchecked if any gate is, or none is asked; else holds.
+        The contents of verdict.json: refuted if any gate is; else unchecked if any is or none is asked; else holds.
     """
     engine = next(row for row in results["engines"] if row["id"] == deploy)
     asked = {name: limit for name, limit in gates.model_dump().items() if limit is not None}

@@ -804,7 +804,12 @@ def check_export(bundle: Bundle, name: str) -> str:
         equal = own.shape == stored.shape and np.array_equal(own, stored.astype(own.dtype))
         must(equal, f"{name}: the constant {key} is not the one in weights/tuned")
     note = f", {folded} of them with a BatchNorm folded in: same zeros, one ratio per output channel" if folded else ""
-    return f"{len(weights)} weights{note}, and {len(others)} other tensors are those of weights/tuned, rounded"
+    rest = len(graph.constants) - len(weights) - len(others) - folded
+    rest -= sum(array.dtype.kind != "f" or array.size < 2 for array in graph.constants.values())
+    return (
+        f"{len(weights)} weights{note}, and {len(others)} other tensors are those of weights/tuned, rounded; "
+        f"{rest} constants of more than one number belong to no tensor there"
+    )
 
 
 def _check_same_weight(entry: Mapping[str, Any], graph: Graph, state: Mapping[str, Array], file: str) -> bool:

@@ -141,7 +141,7 @@ def test_our_own_errors_pass_and_memory_is_named(tmp_path, monkeypatch, error, k
         raise error
 
     monkeypatch.setattr(pipeline, "STAGES", stages(first={"run": fails}))
-    with pytest.raises(kind, match="no GPU|out of memory"):
+    with pytest.raises(kind, match=r"no GPU|out of memory"):
         compile_(tmp_path)
 
 

@@ -51,7 +51,7 @@ def test_the_bundle_holds_everything_and_the_checker_agrees(full):
     for engine in ("onnxruntime-cpu-fp32", "onnxruntime-cpu-int8", "tensorrt_rtx-sm80-fp16", "tensorrt_rtx-sm86-fp16"):
         for folder in (engine, f"{engine}.dense"):
             assert json.loads((bundle / "engines" / folder / "engine.json").read_text())["id"] == folder
-    findings = mpdeploy.verify(bundle)
+    findings = mpdeploy.verify_bundle(bundle)
     assert str(overall(findings)) == "holds", [f for f in findings if str(f.verdict) != "holds"]
 
 

@@ -226,7 +226,7 @@ def test_a_rerun_gives_the_same_bits_and_progress_counts_to_its_end():
 
 
 def test_batch_norm_statistics_become_those_of_the_calibration_batches():
-    model, batches = small_resnet(), correlated_images(24).split(8)
+    model, batches = small_resnet(), correlated_images(36).split(12)
     shifted = [batch * 3 + 1 for batch in batches]
     prune(model, shifted)
     norms = batch_norms(model)
@@ -241,6 +241,13 @@ def test_batch_norm_statistics_become_those_of_the_calibration_batches():
     assert torch.allclose(norms[0].running_mean.double(), means, atol=1e-5)
     assert torch.allclose(norms[0].running_var.double(), variances, rtol=1e-4)
     assert all(int(norm.num_batches_tracked) == 3 and norm.momentum == 0.1 and not norm.training for norm in norms)
+
+
+def test_batch_norm_keeps_its_statistics_where_the_images_are_too_few():
+    model, batches = small_resnet(), correlated_images(28).split(7)
+    before = [norm.running_mean.clone() for norm in batch_norms(model)]
+    prune(model, [batch * 3 + 1 for batch in batches])
+    assert all(torch.equal(a, norm.running_mean) for a, norm in zip(before, batch_norms(model), strict=True))
 
 
 def test_batch_norm_refuses_a_batch_too_small_for_statistics():

@@ -3,6 +3,7 @@
 import ast
 import contextlib
 import copy
+import importlib
 import json
 import math
 import re
@@ -13,16 +14,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 from forgeries.bundle import CPU, GATES, Draft, make_draft, reseal
-from forgeries.lies import LIES, fail_a_gate, latency, rehashed_chain, samples, weights
+from forgeries.lies import LIES
+from forgeries.registry import fail_a_gate, latency, samples, weights
+from forgeries.release import rehashed_chain
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 from safetensors.numpy import save
 from scipy.stats import beta, binomtest
 
-from mpdeploy import verify as module
 from mpdeploy.verify import Finding, Unreadable, Verdict, overall, verify
 
+module = importlib.import_module("mpdeploy.verify")  # the package gives the function of that name
 HOLDS, REFUTED, UNCHECKED = Verdict.HOLDS, Verdict.REFUTED, Verdict.UNCHECKED
 QUICK = settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 

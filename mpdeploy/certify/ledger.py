@@ -66,7 +66,8 @@ def pair_margins(logits: NDArray[Any], label: Ints) -> Floats:
     """
     z = np.asarray(logits, np.float64)
     rows = np.arange(len(z))
-    z = np.where(np.isfinite(z).all(axis=1)[:, None], z, np.nan)
+    broken = ~np.all(np.isfinite(z), axis=1, keepdims=True)
+    z = np.where(broken, np.nan, z)
     pairs: Floats = z[rows, label][:, None] - z
     pairs[rows, label] = np.inf
     return pairs
@@ -74,7 +75,8 @@ def pair_margins(logits: NDArray[Any], label: Ints) -> Floats:
 
 def keeps(pairs: Floats) -> NDArray[np.bool_]:
     """Tell for which samples the label beats every other one; ties and anything not finite lose."""
-    return pairs.min(axis=1) > 0
+    kept: NDArray[np.bool_] = pairs.min(axis=1) > 0
+    return kept
 
 
 def measure(logits: Mapping[str, NDArray[Any]], reserve: float) -> Ledger:

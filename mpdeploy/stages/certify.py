@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from mpdeploy.artifact import Artifact, sha256_of, write_json
 from mpdeploy.certify.ledger import finite, measure
@@ -52,7 +53,7 @@ def run(params: Params, given: Given, out: Path) -> Facts:
     given.progress("running the networks", len(WEIGHTS), len(WEIGHTS))
     labels = np.asarray(images.dataset.train.labels)[images.draws["certification"]]
     ledger = measure(logits, table.reserve)
-    arrays = {
+    arrays: dict[str, NDArray[Any]] = {
         **logits,
         "labels": labels,
         "dense_label": ledger.dense_label,

@@ -37,7 +37,7 @@ def run(params: Params, given: Given, out: Path) -> Facts:
     from mpdeploy.models import rebuild
     from mpdeploy.pruning.layers import choose
     from mpdeploy.pruning.macs import count
-    from mpdeploy.pruning.solve import prune_network
+    from mpdeploy.pruning.solve import ENOUGH_IMAGES, batch_norms, prune_network
 
     table, source = params.prune, given["source"]
     device = usable_device(table.device)
@@ -81,7 +81,16 @@ def run(params: Params, given: Given, out: Path) -> Facts:
     )
     macs = count(module, size)
     write_json(out / "macs.json", {"total": macs.total, "other": macs.other, "layers": macs.layers})
-    return {"layers": len(layers), "pruned": len(chosen), "pattern": table.pattern, "macs": macs.total}
+    return {
+        "layers": len(layers),
+        "pruned": len(chosen),
+        "pattern": table.pattern,
+        "macs": macs.total,
+        "batch_norm": {
+            "layers": len(batch_norms(module)),
+            "recalibrated": sum(map(len, batches)) >= ENOUGH_IMAGES and bool(batch_norms(module)),
+        },
+    }
 
 
 def usable_device(name: str) -> str:

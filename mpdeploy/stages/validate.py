@@ -107,7 +107,7 @@ def _measure(
     try:
         session = open_engine(folder)
     except Unavailable as missing:
-        return {"id": name, "status": "not run", "why_not": missing.what}
+        return {"id": name, "status": "not run", "why_not": manifest["why_not"] or missing.what}
     size = int(manifest["batch"][2])
     with session:
         logits = _run(session, images.batches(images.dataset.val, chosen, size))

@@ -1,0 +1,97 @@
+"""What a lie is, the list of all of them, and the places in a bundle that several of them change."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from forgeries.bundle import CPU, Draft
+
+
+@dataclass(frozen=True)
+class Lie:
+    """A lie and how it has to be found out."""
+
+    name: str
+    claim: str
+    word: str
+    verdict: str
+    change: Callable[[Any], Any]
+    on_disk: bool
+
+
+LIES: list[Lie] = []
+
+
+def lie(
+    claim: str, word: str, verdict: str = "refuted"
+) -> Callable[[Callable[[Draft], None]], Callable[[Draft], None]]:
+    """Register a change of the draft; it is written and hashed afterwards."""
+
+    def register(change: Callable[[Draft], None]) -> Callable[[Draft], None]:
+        LIES.append(Lie(change.__name__, claim, word, verdict, change, on_disk=False))
+        return change
+
+    return register
+
+
+def lie_on_disk(claim: str, word: str) -> Callable[[Callable[[Path], None]], Callable[[Path], None]]:
+    """Register a change of the written files."""
+
+    def register(change: Callable[[Path], None]) -> Callable[[Path], None]:
+        LIES.append(Lie(change.__name__, claim, word, "refuted", change, on_disk=True))
+        return change
+
+    return register
+
+
+def weights(draft: Draft, stage: str) -> dict[str, Any]:
+    return draft.tensors[f"weights/{stage}.safetensors"]
+
+
+def layer(draft: Draft, name: str) -> dict[str, Any]:
+    return next(row for row in draft.json["layers.json"] if row["name"] == name)
+
+
+def fill_group(array: np.ndarray) -> np.ndarray:
+    """Put a third nonzero into one group of four input channels."""
+    array = array.copy()
+    group = array[0, :4] if array.ndim == 2 else array[0, :4, 0, 0]
+    group[np.flatnonzero(group == 0)[0]] = 1.0
+    return array
+
+
+def ledger(draft: Draft) -> dict[str, Any]:
+    return draft.tensors["ledger.safetensors"]
+
+
+def samples(draft: Draft) -> dict[str, Any]:
+    return draft.tensors["samples.safetensors"]
+
+
+def latency(draft: Draft) -> dict[str, Any]:
+    return draft.engine()["latency"]
+
+
+def engine_json(draft: Draft, name: str = CPU) -> dict[str, Any]:
+    return draft.json[f"engines/{name}/engine.json"]
+
+
+def drop_gates(draft: Draft, *names: str) -> None:
+    """Take gates out of recipe and verdict alike."""
+    draft.raw["recipe.toml"] = b"\n".join(
+        line for line in draft.raw["recipe.toml"].split(b"\n") if line.split(b" ")[0].decode() not in names
+    )
+    gates = draft.json["recipe.lock.json"]["gates"]
+    draft.json["recipe.lock.json"]["gates"] = {name: limit for name, limit in gates.items() if name not in names}
+    rows = draft.json["verdict.json"]["gates"]
+    draft.json["verdict.json"]["gates"] = [row for row in rows if row["name"] not in names]
+
+
+def fail_a_gate(draft: Draft) -> None:
+    """Ask for more than the engine gives, honestly."""
+    draft.json["recipe.lock.json"]["gates"]["min_agreement"] = 0.99
+    draft.raw["recipe.toml"] = draft.raw["recipe.toml"].replace(b"min_agreement = 0.5", b"min_agreement = 0.99")
+    draft.rederive()

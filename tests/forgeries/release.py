@@ -1,0 +1,280 @@
+"""Lies about engines, gates and the verdict, and one forgery of the whole chain."""
+
+from pathlib import Path
+
+import numpy as np
+
+from forgeries.bundle import CPU, GPU, Draft, annotate, embed, embedded, make_onnx, reseal
+from forgeries.registry import drop_gates, engine_json, fail_a_gate, latency, ledger, lie, samples, weights
+
+# -------------------------------------------------------------------------------------------------------------- engines
+
+
+@lie("engines", "gives another sha256")
+def an_engine_file_swapped(draft):
+    draft.raw[f"engines/{GPU}/model.engine"] = b"another engine"
+    engine_json(draft, GPU)["size"] = 14
+
+
+@lie("engines", "gives another size")
+def an_engine_of_another_size(draft):
+    engine_json(draft, GPU)["size"] = 1
+
+
+@lie("engines", "names the file ../../model.onnx, which is not there")
+def an_engine_outside_of_its_folder(draft):
+    engine_json(draft)["file"] = "../../model.onnx"
+
+
+@lie("engines", "was asked for int8 and is fp32")
+def a_silent_fallback(draft):
+    engine_json(draft)["asked"]["precision"] = "int8"
+
+
+@lie("engines", "holds the engine")
+def an_engine_under_another_name(draft):
+    engine_json(draft)["id"] = "onnxruntime-cpu-int8"
+
+
+@lie("engines", "holds the engine")
+def a_precision_that_is_not_in_the_name(draft):
+    engine_json(draft, GPU)["precision"] = "int8"
+
+
+@lie("engines", "has the weights dense")
+def a_dense_engine_sold_as_sparse(draft):
+    engine_json(draft)["weights"] = "dense"
+
+
+@lie("engines", "differ in batch")
+def a_twin_built_for_another_batch(draft):
+    engine_json(draft, f"{CPU}.dense")["batch"] = [1, 1, 1]
+
+
+@lie("engines", "differ in threads")
+def a_twin_with_fewer_threads(draft):
+    engine_json(draft)["threads"] = 4
+    latency(draft)["threads"] = 4
+
+
+@lie("engines", "its dense twin are not both there")
+def an_engine_without_a_twin(draft):
+    del draft.json[f"engines/{GPU}.dense/engine.json"], draft.raw[f"engines/{GPU}.dense/model.engine"]
+
+
+@lie("engines", "is only in one of engines/ and results.json")
+def an_engine_nobody_asked_for(draft):
+    draft.json["engines/extra-cpu-fp32/engine.json"] = engine_json(draft)
+
+
+@lie("engines", "stores its matrices as float16")
+def another_precision_than_asked(draft):
+    draft.onnx[f"engines/{CPU}/model.onnx"] = draft.onnx["model.fp16.onnx"]
+    draft.rebind()
+
+
+@lie("engines", "does not know")
+def a_precision_nobody_knows(draft):
+    for name in (CPU, f"{CPU}.dense"):
+        old, new = f"engines/{name}", f"engines/{name.replace('fp32', 'fp8')}"
+        manifest = draft.json.pop(f"{old}/engine.json")
+        manifest |= {"id": manifest["id"].replace("fp32", "fp8"), "precision": "fp8", "asked": {"precision": "fp8"}}
+        draft.json[f"{new}/engine.json"] = manifest
+        draft.onnx[f"{new}/model.onnx"] = draft.onnx.pop(f"{old}/model.onnx")
+    draft.engine()["id"] = CPU.replace("fp32", "fp8")
+
+
+@lie("engines", "stores its matrices as float32")
+def integers_that_are_floats(draft):
+    for name in (CPU, f"{CPU}.dense"):
+        old, new = f"engines/{name}", f"engines/{name.replace('fp32', 'int8')}"
+        manifest = draft.json.pop(f"{old}/engine.json")
+        manifest |= {"id": manifest["id"].replace("fp32", "int8"), "precision": "int8", "asked": {"precision": "int8"}}
+        draft.json[f"{new}/engine.json"] = manifest
+        draft.onnx[f"{new}/model.onnx"] = draft.onnx.pop(f"{old}/model.onnx")
+    draft.engine()["id"] = CPU.replace("fp32", "int8")
+
+
+@lie("engines", "there is no engine", "unchecked")
+def no_engine_at_all(draft):
+    for files in (draft.json, draft.onnx, draft.raw):
+        for name in [name for name in files if name.startswith("engines/")]:
+            del files[name]
+
+
+# ---------------------------------------------------------------------------------------------------------------- gates
+
+
+@lie("verdict", "the gate min_speedup is missing in verdict.json")
+def a_dropped_gate(draft):
+    rows = draft.json["verdict.json"]["gates"]
+    draft.json["verdict.json"]["gates"] = [row for row in rows if row["name"] != "min_speedup"]
+
+
+@lie("verdict", "the gate min_agreement: limit")
+def a_gate_relaxed_in_the_verdict(draft):
+    draft.gate("min_agreement")["limit"] = 0.1
+
+
+@lie("policy", "the gate min_agreement is 0.5 in recipe.toml, 0.1 in recipe.lock.json")
+def a_gate_relaxed_in_the_lock(draft):
+    draft.json["recipe.lock.json"]["gates"]["min_agreement"] = 0.1
+    draft.rederive()
+
+
+@lie("policy", "the gate min_agreement is 0.5 in recipe.toml, None in recipe.lock.json")
+def a_gate_lost_on_the_way(draft):
+    draft.json["recipe.lock.json"]["gates"]["min_agreement"] = None
+    draft.rederive()
+
+
+@lie("policy", "the gate max_violations is None in recipe.toml, 0 in recipe.lock.json")
+def a_gate_the_user_never_asked_for(draft):
+    draft.raw["recipe.toml"] = draft.raw["recipe.toml"].replace(b"max_violations = 0", b"")
+
+
+@lie("policy", "there is no recipe.toml", "unchecked")
+def no_recipe(draft):
+    del draft.raw["recipe.toml"]
+
+
+@lie("policy", "wrong kind")
+def a_recipe_that_is_no_toml(draft):
+    draft.raw["recipe.toml"] = b"[gates"
+
+
+@lie("verdict", "the gate extra is not in the recipe")
+def a_gate_invented(draft):
+    draft.json["verdict.json"]["gates"].append({**draft.gate("min_agreement"), "name": "extra"})
+
+
+@lie("verdict", "lists a gate twice")
+def a_gate_twice(draft):
+    draft.json["verdict.json"]["gates"].append(draft.gate("min_agreement"))
+
+
+@lie("verdict", "the gate max_accuracy_drop: measured")
+def a_smaller_drop(draft):
+    draft.gate("max_accuracy_drop")["measured"] = 0.0
+
+
+@lie("verdict", "the gate min_certified: low")
+def a_gate_with_another_interval(draft):
+    draft.gate("min_certified")["low"] += 0.05
+
+
+@lie("verdict", "is stated as holds, it is refuted")
+def a_failed_gate_that_is_said_to_hold(draft):
+    fail_a_gate(draft)
+    draft.gate("min_agreement")["verdict"] = "holds"
+
+
+@lie("verdict", "says holds, its gates give refuted")
+def a_good_end_to_a_failed_gate(draft):
+    fail_a_gate(draft)
+    draft.json["verdict.json"]["verdict"] = "holds"
+
+
+@lie("gate:min_agreement", "the limit is 0.99")
+def an_honest_failure_is_a_failure(draft):
+    fail_a_gate(draft)
+
+
+@lie("gate:min_speedup", "the limit is 1.5")
+def an_honest_slow_engine(draft):
+    draft.json["recipe.lock.json"]["gates"]["min_speedup"] = 1.5
+    draft.raw["recipe.toml"] = draft.raw["recipe.toml"].replace(b"min_speedup = 1.05", b"min_speedup = 1.5")
+    draft.rederive()
+
+
+@lie("gate:min_speedup", "the limit is 1.2", "unchecked")
+def an_honest_doubt(draft):
+    draft.json["recipe.lock.json"]["gates"]["min_speedup"] = 1.2
+    draft.raw["recipe.toml"] = draft.raw["recipe.toml"].replace(b"min_speedup = 1.05", b"min_speedup = 1.2")
+    draft.rederive()
+
+
+@lie("gate:min_speedup", "nothing was measured", "unchecked")
+def a_speedup_nobody_measured(draft):
+    draft.engine()["latency"] = None
+    del samples(draft)[f"latency.{CPU}"], samples(draft)[f"latency.{CPU}.dense"]
+    draft.gate("min_speedup").update(measured=None, low=None, high=None, verdict="unchecked")
+    draft.json["verdict.json"]["verdict"] = "unchecked"
+
+
+@lie("gate:max_violations", "nothing was measured", "unchecked")
+def nothing_certified_so_nothing_violated(draft):
+    for name in ("pruned", "tuned"):
+        ledger(draft)[name] = -ledger(draft)["dense"]
+    gates = draft.json["recipe.lock.json"]["gates"] | {"min_certified": 0.0}
+    draft.json["recipe.lock.json"]["gates"] = gates
+    draft.raw["recipe.toml"] = draft.raw["recipe.toml"].replace(b"min_certified = 0.1", b"min_certified = 0.0")
+    draft.rederive()
+
+
+@lie("gate:batch_consistent", "is not batch_consistent")
+def an_inconsistent_engine_that_holds(draft):
+    draft.engine()["batch_consistent"] = False
+
+
+@lie("verdict", "the gate finite is missing")
+def a_broken_engine_that_holds(draft):
+    samples(draft)[f"engine.{CPU}"][0] = np.nan
+    draft.rederive()
+    draft.json["verdict.json"]["gates"] = [
+        row for row in draft.json["verdict.json"]["gates"] if row["name"] != "finite"
+    ]
+
+
+@lie("verdict", "releases tensorrt_rtx-sm80-fp16, the recipe judges")
+def another_engine_released(draft):
+    draft.json["verdict.json"]["deploy"] = GPU
+
+
+@lie("verdict", "which results.json does not know")
+def an_unknown_engine_released(draft):
+    draft.json["recipe.lock.json"]["validate"]["deploy"] = "ghost"
+
+
+@lie("gate:min_agreement", "was not run: There is no GPU here", "unchecked")
+def an_engine_released_unseen(draft):
+    draft.json["recipe.lock.json"]["validate"]["deploy"] = GPU
+    draft.rederive()
+
+
+@lie("gate:min_beauty", "does not know the gate", "unchecked")
+def an_unknown_gate(draft):
+    draft.json["recipe.lock.json"]["gates"]["min_beauty"] = 1.0
+    draft.raw["recipe.toml"] += b"min_beauty = 1.0\n"
+    draft.json["verdict.json"]["gates"].append({**draft.gate("min_agreement"), "name": "min_beauty", "limit": 1.0})
+
+
+@lie("verdict", "the recipe asks for no gate", "unchecked")
+def no_gate_at_all(draft):
+    drop_gates(draft, *draft.json["recipe.lock.json"]["gates"])
+
+
+@lie("verdict", "there is no verdict.json", "unchecked")
+def no_verdict(draft):
+    del draft.json["verdict.json"]
+
+
+# ------------------------------------------------------------------------------------------------------ the whole chain
+
+
+def rehashed_chain(draft: Draft, root: Path) -> str:
+    """Change the tuned weights and every file that follows from them, hash all of it again; nothing disagrees.
+
+    Only somebody who knows the digest from elsewhere can tell.
+    """
+    state = weights(draft, "tuned")
+    state["fc.bias"] = state["fc.bias"] + np.float32(1)
+    for file, kind in (("model.onnx", np.float32), ("model.fp16.onnx", np.float16)):
+        draft.onnx[file] = make_onnx(state, kind)
+        annotate(draft.onnx[file])
+    draft.onnx[f"engines/{CPU}/model.onnx"] = draft.onnx["model.onnx"]
+    draft.json["sparsity.json"] = embedded(draft.onnx["model.onnx"])
+    embed(draft.onnx["model.onnx"], draft.json["sparsity.json"])
+    draft.rederive()
+    draft.write(root)
+    return reseal(root)
