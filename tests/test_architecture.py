@@ -55,7 +55,8 @@ def test_nothing_imports_cli_or_report():
     for path in MODULES:
         if name_of(path) == "mpdeploy.__main__":
             continue
-        allowed = {"mpdeploy.report"} if name_of(path) == "mpdeploy.cli" else set()
+        # The two front doors draw the page; nothing behind them knows that there is one.
+        allowed = {"mpdeploy.report"} if name_of(path) in ("mpdeploy.cli", "mpdeploy.api") else set()
         assert not (imports(path) & {"mpdeploy.cli", "mpdeploy.report"}) - allowed, path
 
 

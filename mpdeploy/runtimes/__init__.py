@@ -13,12 +13,13 @@ import importlib
 import json
 import platform
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
 from types import ModuleType, TracebackType
-from typing import Any, Protocol, Self
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -75,26 +76,28 @@ class Gpu:
         return f"sm{self.compute_capability[0]}{self.compute_capability[1]}"
 
 
-class Session(Protocol):
-    """An engine that is loaded and can answer."""
+class Session(ABC):
+    """An engine that is loaded and can answer; leaving its `with` block frees it."""
 
+    @abstractmethod
     def run(self, images: NDArray[np.float32]) -> NDArray[np.float32]:
         """Logits [n, K] float32 of images [n, C, H, W] float32."""
-        ...
 
+    @abstractmethod
     def time(self, images: NDArray[np.float32], calls: int) -> NDArray[np.float64]:
         """Seconds of each of `calls` finished calls on the same images, after calls that are not counted."""
-        ...
 
+    @abstractmethod
     def close(self) -> None:
         """Frees the engine; a closed session can't run."""
-        ...
 
-    def __enter__(self) -> Self: ...
+    def __enter__(self) -> Self:
+        return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None: ...
+    ) -> None:
+        self.close()
 
 
 @dataclass(frozen=True)

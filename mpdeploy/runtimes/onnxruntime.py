@@ -11,8 +11,7 @@ import importlib
 import importlib.metadata
 from collections import Counter
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,6 +20,7 @@ from mpdeploy.errors import RecipeError, StageFailed, Unavailable
 from mpdeploy.runtimes import (
     EngineRequest,
     Probe,
+    Session,
     checked_images,
     cpu_name,
     find_gpu,
@@ -37,7 +37,7 @@ _FATAL = 4
 _ELEMENT = {"fp32": "FLOAT", "fp16": "FLOAT16"}
 
 
-class OnnxSession:
+class OnnxSession(Session):
     """An ONNX file on ONNX Runtime, fully optimised, with one image input and one logits output.
 
     Args:
@@ -83,14 +83,6 @@ class OnnxSession:
         except Exception as error:  # ONNX Runtime's exceptions share no base class but Exception
             raise StageFailed(f"ONNX Runtime failed on images {images.shape}: {_first_line(error)}.") from error
         return logits
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
 
 def build(request: EngineRequest, out: Path) -> dict[str, Any]:

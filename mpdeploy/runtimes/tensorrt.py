@@ -8,14 +8,22 @@ compiles ahead of time for SM80, SM86, ... on a machine with no GPU; TensorRT bu
 import importlib
 import re
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mpdeploy.errors import RecipeError, StageFailed, Unavailable
-from mpdeploy.runtimes import EngineRequest, Gpu, Probe, checked_images, find_gpu, seconds_per_call, write_manifest
+from mpdeploy.runtimes import (
+    EngineRequest,
+    Gpu,
+    Probe,
+    Session,
+    checked_images,
+    find_gpu,
+    seconds_per_call,
+    write_manifest,
+)
 from mpdeploy.runtimes.tensorrt_log import errors_of, log_facts, logger_of, text_of
 from mpdeploy.runtimes.tensorrt_network import check_precision, network_facts
 
@@ -28,7 +36,7 @@ _HINTS = {
 _TITLES = {"tensorrt": "TensorRT", "tensorrt_rtx": "TensorRT-RTX"}
 
 
-class TensorRTSession:
+class TensorRTSession(Session):
     """A deserialised engine with one image input and one logits output, on the current GPU.
 
     The device buffers are torch tensors. No machine with a GPU was at hand when this was written: the class is checked
@@ -104,14 +112,6 @@ class TensorRTSession:
             stream.synchronize()
 
         return output, execute
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
 
 def build(request: EngineRequest, out: Path) -> dict[str, Any]:

@@ -1,14 +1,13 @@
 """The dense reference: a torch module behind the session protocol. It builds nothing."""
 
 from pathlib import Path
-from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mpdeploy.errors import StageFailed, Unavailable
-from mpdeploy.runtimes import EngineRequest, Probe, cpu_name, seconds_per_call
+from mpdeploy.runtimes import EngineRequest, Probe, Session, cpu_name, seconds_per_call
 
 if TYPE_CHECKING:
     from torch import nn
@@ -16,7 +15,7 @@ if TYPE_CHECKING:
 _HINT = "pip install 'mpdeploy[torch]'"
 
 
-class TorchSession:
+class TorchSession(Session):
     """Runs a module eagerly on the device its parameters live on.
 
     Args:
@@ -46,14 +45,6 @@ class TorchSession:
     def close(self) -> None:
         """Lets go of the module."""
         self._module = None
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
 
 def build(request: EngineRequest, out: Path) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -71,11 +71,8 @@ def open_images(data: Data, source: Artifact) -> Images:
 
 
 def logits_of(module: "torch.nn.Module", batches: Iterator[NDArray[np.float32]]) -> NDArray[np.float32]:
-    """Run a network in eval mode, strict float32 and without gradients; returns [n, K]."""
-    import torch
+    """Run a network in eval mode and float32, without gradients; returns [n, K]."""
+    from mpdeploy.runtimes.torch_eager import TorchSession
 
-    module.eval()
-    device = next(module.parameters()).device
-    with torch.inference_mode(), torch.autocast(device.type, enabled=False):
-        rows: list[NDArray[Any]] = [module(torch.from_numpy(x).to(device)).float().cpu().numpy() for x in batches]
-    return np.concatenate(rows)
+    with TorchSession(module) as session:
+        return np.concatenate([session.run(batch) for batch in batches])
