@@ -6,7 +6,6 @@ with the SHA-256 of each. `mpdeploy verify` (or verify.py alone) checks it witho
 
 import platform
 import shutil
-import uuid
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from mpdeploy.gates import judge
 from mpdeploy.recipe import RecipeFile
 from mpdeploy.runtimes import cpu_name
 from mpdeploy.stages.environment import versions
+from mpdeploy.store import holding
 
 KIND = "mpdeploy-bundle"
 PACKAGES = (
@@ -90,29 +90,25 @@ def assemble(
             f"{folder} exists and is not an mpdeploy bundle; it is left as it is.", hint="pass --out FOLDER."
         )
     folder.parent.mkdir(parents=True, exist_ok=True)
-    draft = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}")
-    try:
-        _fill(draft, file, artifacts, render, progress)
-        _swap(draft, folder)
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
+    draft, old = folder.with_name(f".{folder.name}.draft"), folder.with_name(f".{folder.name}.old")
+    with holding(folder.with_name(f".{folder.name}.lock"), lambda: None):
+        # A killed run may have left either; a killed swap leaves the old bundle under its hidden name.
+        for leftover in (draft, old):
+            shutil.rmtree(leftover, ignore_errors=True)
+        try:
+            _fill(draft, file, artifacts, render, progress)
+            if folder.exists():
+                folder.rename(old)
+            draft.rename(folder)
+        finally:
+            for leftover in (draft, old):
+                shutil.rmtree(leftover, ignore_errors=True)
     return folder
 
 
 def _is_bundle(folder: Path) -> bool:
     manifest = folder / MANIFEST
     return manifest.is_file() and read_json(manifest).get("kind") == KIND
-
-
-def _swap(draft: Path, folder: Path) -> None:
-    """Put the finished draft in place of whatever is there."""
-    if folder.exists():
-        old = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}")
-        folder.rename(old)
-        draft.rename(folder)
-        shutil.rmtree(old, ignore_errors=True)
-    else:
-        draft.rename(folder)
 
 
 def _fill(

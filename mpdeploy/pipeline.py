@@ -12,7 +12,7 @@ from mpdeploy.errors import MpdeployError, RecipeError, StageFailed
 from mpdeploy.recipe import Recipe
 from mpdeploy.stage import Given, Stage
 from mpdeploy.stages import STAGES
-from mpdeploy.store import Store, key_of, space_errors_named
+from mpdeploy.store import Store, is_full_disk, key_of, space_errors_named
 
 # What only reads results or talks to people can't change a result.
 NOT_PART_OF_THE_KEY = {
@@ -234,6 +234,8 @@ def _guarded(stage: Stage[Any], work: Callable[[], Any]) -> Any:
     except MemoryError as error:
         raise StageFailed(f"The stage {stage.name} ran out of memory.", hint="use a smaller batch.") from error
     except Exception as error:
+        if is_full_disk(error):
+            raise
         raise StageFailed(
             f"The stage {stage.name} failed: {type(error).__name__}: {error}.",
             hint="run again with --debug to see where; if the recipe is right, this is a bug in mpdeploy.",

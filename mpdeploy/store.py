@@ -14,6 +14,7 @@ import contextlib
 import errno
 import fcntl
 import hashlib
+import re
 import shutil
 import uuid
 from collections.abc import Callable, Iterator, Mapping
@@ -31,15 +32,25 @@ def key_of(asked: Mapping[str, Any]) -> str:
     return hashlib.sha256(dumps(asked).encode()).hexdigest()
 
 
+def is_full_disk(error: BaseException | None) -> bool:
+    """Tell whether a full disk is behind an error; libraries in other languages put its number into their text."""
+    while error is not None:
+        number = re.search(r"\(os error (\d+)\)", str(error))
+        if (isinstance(error, OSError) and error.errno in NO_SPACE) or (number and int(number[1]) in NO_SPACE):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
 @contextlib.contextmanager
 def space_errors_named(where: Path) -> Iterator[None]:
     """Turn a full disk into a sentence; every other error passes."""
     try:
         yield
-    except OSError as error:
-        if error.errno in NO_SPACE:
+    except Exception as error:
+        if is_full_disk(error):
             raise StageFailed(
-                f"The disk is full: {error.filename or where} could not be written ({error.strerror}).",
+                f"The disk is full: {getattr(error, 'filename', None) or where} could not be written.",
                 hint="free space or pass --store FOLDER on a larger disk; finished stages are kept.",
             ) from error
         raise
@@ -55,6 +66,23 @@ def write_whole(path: Path, text: str) -> None:
         draft.replace(path)
     finally:
         draft.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def holding(lock: Path, waiting: Callable[[], None]) -> Iterator[None]:
+    """Hold a lock file; the kernel lets go of it when the process ends, however it ends.
+
+    Args:
+        lock: the file, made if it is not there and left behind.
+        waiting: called once if another process holds it.
+    """
+    with lock.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            waiting()
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 class Store:
@@ -85,18 +113,8 @@ class Store:
 
     @contextlib.contextmanager
     def lock(self, key: str, waiting: Callable[[], None]) -> Iterator[None]:
-        """Hold a key; the kernel lets go of it when the process ends, however it ends.
-
-        Args:
-            key: what is being made.
-            waiting: called once if another run holds it.
-        """
-        with (self.root / "locks" / key).open("w") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                waiting()
-                fcntl.flock(file, fcntl.LOCK_EX)
+        """Hold a key while it is looked up or made; `waiting` is called if another run holds it."""
+        with holding(self.root / "locks" / key, waiting):
             yield
 
     def lookup(self, key: str) -> Artifact | None:

@@ -210,3 +210,14 @@ def test_a_closed_pipe_is_quiet():
         env={**os.environ},
     )  # fmt: skip
     assert "Traceback" not in done.stderr and "Exception" not in done.stderr
+
+
+def test_what_a_killed_bundle_writer_left_is_swept(small_run, tmp_path):
+    import mpdeploy
+
+    (tmp_path / ".b.draft").mkdir()
+    (tmp_path / ".b.draft" / "half").write_text("x")
+    store = small_run.artifacts["source"].root.parents[1]
+    made = mpdeploy.run(QUICKSTART, sets=SMALL, store=store, out=tmp_path / "b")
+    assert {path.name for path in tmp_path.iterdir()} == {"b", ".b.lock"}
+    assert (made.bundle / "manifest.json").read_bytes() == (small_run.bundle / "manifest.json").read_bytes()
