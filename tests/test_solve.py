@@ -195,21 +195,26 @@ def test_the_reported_error_is_the_one_measured_on_the_held_out_images(build, na
     assert ("no bias" in result.note) == (layer.bias is None) == (not result.bias_corrected)
 
 
-def mean_output(network, name, images):
-    outputs = []
-    hook = network.get_submodule(name).register_forward_hook(lambda _module, _given, output: outputs.append(output))
+def mean_input(network, name, images):
+    """Mean over tokens and images of what a linear layer gets, float64 [inputs]."""
+    seen = []
+    handle = network.get_submodule(name).register_forward_pre_hook(lambda _module, given: seen.append(given[0]))
     with torch.no_grad():
         network(images)
-    hook.remove()
-    return outputs[0].double().mean(dim=(0, 1))
+    handle.remove()
+    return seen[0].double().flatten(0, -2).mean(dim=0)
 
 
-def test_corrected_biases_give_back_the_dense_networks_mean_outputs():
+def test_a_corrected_bias_gives_back_the_dense_layers_mean_output_on_the_pruned_networks_inputs():
     model, images = small_vit(), correlated_images(32)
     dense = copy.deepcopy(model)
     results = prune(model, images.split(8), passes=8)
     for result in results:
-        theirs, ours = (mean_output(network, result.name, images) for network in (dense, model))
+        mean = mean_input(model, result.name, images)
+        theirs, ours = (
+            layer.weight.double() @ mean + layer.bias.double()
+            for layer in (network.get_submodule(result.name) for network in (dense, model))
+        )
         assert result.bias_corrected
         assert torch.allclose(theirs, ours, atol=2e-5)
 

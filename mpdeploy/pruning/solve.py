@@ -139,8 +139,9 @@ def prune_network(
 
     Of the calibration images every fourth is held out: it fits nothing and only measures the errors. A refit that does
     not lower its layer's held-out error is dropped and the note says so. The bias of a pruned layer moves by
-    mean(W x_dense) - mean(W_hat x) over all calibration images, which restores the dense network's mean output (up to
-    what the pruned layers before it in the same chunk still shift; exactly with one layer per chunk).
+    (W - W_hat) mean(x) over all calibration images, so that its own mean output on its own inputs stays what it was.
+    (Aiming at the dense network's mean instead counts one drift once in every layer of a chunk: on a pretrained ViT-S
+    that left 23 % of the labels where no correction at all left 95 %.)
     Networks with BatchNorm get its statistics recomputed on all calibration images at the end, if these are at least
     32: on EfficientNet-Lite0 the statistics of five photos lost every label, the old ones kept two in five.
 
@@ -176,10 +177,9 @@ def prune_network(
     fitting, held = split_images(batches)
     module.eval()
     passes = min(passes, len(chosen))
-    biased = [layer.name for layer in chosen if module.get_submodule(layer.name).bias is not None]
     norms = batch_norms(module) if sum(map(len, batches)) >= ENOUGH_IMAGES else []
     looks = len(fitting) + len(held)
-    total = looks * (passes + bool(biased)) + len(chosen) + len(batches) * bool(norms)
+    total = looks * passes + len(chosen) + len(batches) * bool(norms)
     done = 0
 
     def tick() -> None:
@@ -187,7 +187,6 @@ def prune_network(
         done += 1
         progress(done, total)
 
-    means = collect(module, [*fitting, *held], biased, scatter=False, tick=tick) if biased else {}
     results = []
     bounds = [round(index * len(chosen) / passes) for index in range(passes + 1)]
     for low, high in pairwise(bounds):
@@ -202,7 +201,6 @@ def prune_network(
                     layer,
                     seen.pop(layer.name),
                     judged.pop(layer.name),
-                    means[layer.name].mean if layer.name in means else None,
                     _Settings(method, refit, damping),
                 )
             )
@@ -213,30 +211,31 @@ def prune_network(
 
 
 def _prune_layer(
-    module: nn.Module, layer: Layer, fitting: Moments, held: Moments, dense_mean: Tensor | None, settings: _Settings
+    module: nn.Module, layer: Layer, fitting: Moments, held: Moments, settings: _Settings
 ) -> LayerResult:
     """Prune one module in place and read back what it then holds."""
     weight = weight_of(module)
     dense = weight.detach().flatten(1).double()
-    kept, result = _prune_weight(layer, weight.detach(), fitting, held, settings, has_bias=dense_mean is not None)
+    has_bias = isinstance(module.bias, Tensor)
+    kept, result = _prune_weight(layer, weight.detach(), fitting, held, settings, has_bias=has_bias)
     with torch.no_grad():
         weight.copy_(kept.reshape(weight.shape))
-        if dense_mean is not None and isinstance(module.bias, Tensor):
+        if isinstance(module.bias, Tensor):
             mean = (fitting.count * fitting.mean + held.count * held.mean) / (fitting.count + held.count)
-            module.bias += (dense @ dense_mean - kept.double() @ mean).to(module.bias.dtype)
+            module.bias += ((dense - kept.double()) @ mean).to(module.bias.dtype)
             if not bool(torch.isfinite(module.bias).all()):
                 raise StageFailed(f"The corrected bias of layer {layer.name!r} is NaN or infinite.")
     bad = bad_groups(weight, Pattern.parse(layer.pattern))
     if bad:
         raise StageFailed(f"{bad} groups of layer {layer.name!r} break the pattern {layer.pattern} after pruning.")
     notes = [result.note] if result.note else []
-    if dense_mean is None:
+    if not has_bias:
         notes.append("It has no bias, so its mean output is not corrected.")
     return replace(
         result,
         density=float((weight != 0).double().mean()),
         bad_groups=bad,
-        bias_corrected=dense_mean is not None,
+        bias_corrected=has_bias,
         note=" ".join(notes),
     )
 
