@@ -210,9 +210,7 @@ def prune_network(
     return results
 
 
-def _prune_layer(
-    module: nn.Module, layer: Layer, fitting: Moments, held: Moments, settings: _Settings
-) -> LayerResult:
+def _prune_layer(module: nn.Module, layer: Layer, fitting: Moments, held: Moments, settings: _Settings) -> LayerResult:
     """Prune one module in place and read back what it then holds."""
     weight = weight_of(module)
     dense = weight.detach().flatten(1).double()
