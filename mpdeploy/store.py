@@ -3,7 +3,7 @@
     <store>/objects/<digest>/   immutable artefacts
     <store>/keys/<key>.json     {"digest", "asked"}: what was asked -> what came of it
     <store>/last/<name>.json    {stage: key} of a recipe's last run, so that `plan` can say what changed
-    <store>/work/<key>/         what a stage needs to resume (checkpoints)
+    <store>/resume/<key>/       what a stage needs to resume (checkpoints)
     <store>/tmp/                work in progress; nothing else looks there
     <store>/locks/<key>         held while a key is being made, so that two runs share one store
 
@@ -102,7 +102,7 @@ class Store:
             RecipeError: the path can't be a store.
         """
         try:
-            for name in ("objects", "keys", "last", "work", "tmp", "locks"):
+            for name in ("objects", "keys", "last", "resume", "tmp", "locks"):
                 (self.root / name).mkdir(parents=True, exist_ok=True)
         except OSError as error:
             if error.errno in NO_SPACE:
@@ -168,7 +168,7 @@ class Store:
     def remember(self, key: str, asked: Mapping[str, Any], artifact: Artifact) -> None:
         """Bind a key to its artefact: the last step, after the stage's promise was checked."""
         write_whole(self.root / "keys" / f"{key}.json", dumps({"digest": artifact.digest, "asked": asked}))
-        shutil.rmtree(self.root / "work" / key, ignore_errors=True)
+        shutil.rmtree(self.root / "resume" / key, ignore_errors=True)
 
     def discard(self, artifact: Artifact) -> None:
         """Remove an artefact whose stage broke its promise."""
@@ -179,7 +179,7 @@ class Store:
 
     def workspace(self, key: str) -> Path:
         """Return the folder where a stage keeps what it needs to resume."""
-        folder = self.root / "work" / key
+        folder = self.root / "resume" / key
         folder.mkdir(parents=True, exist_ok=True)
         return folder
 
