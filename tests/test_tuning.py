@@ -9,10 +9,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from mpdeploy import tuning
 from mpdeploy.errors import CorruptArtifact, RecipeError, StageFailed
 from mpdeploy.pruning.patterns import Pattern, as_rows, bad_groups, from_rows, project
-from mpdeploy.tuning import distil, distillation_loss, learning_rate
+from mpdeploy.tuning import checkpoint, distil, distillation_loss, learning_rate
 
 PATTERN = Pattern(2, 4)
 SAMPLES = 40
@@ -137,14 +136,14 @@ def test_a_crash_between_the_tensors_and_the_state_leaves_the_older_checkpoint(t
     state = (tmp_path / "state.json").read_bytes()
     student, _, _ = networks()
 
-    real = tuning.dumps
+    real = checkpoint.dumps
 
     def crash_at_the_state(value):
         if "tensors" in value:
             raise Killed
         return real(value)
 
-    monkeypatch.setattr(tuning, "dumps", crash_at_the_state)
+    monkeypatch.setattr(checkpoint, "dumps", crash_at_the_state)
     with pytest.raises(Killed):
         tune(student, teacher, masks, checkpoint=tmp_path, checkpoint_every=2)
     monkeypatch.undo()

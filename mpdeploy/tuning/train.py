@@ -1,0 +1,418 @@
+"""`distil`: the loop over the steps, and everything that changes from one to the next."""
+
+import contextlib
+import hashlib
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parallel import DistributedDataParallel
+
+from mpdeploy.artifact import dumps
+from mpdeploy.errors import RecipeError, StageFailed
+from mpdeploy.pruning.patterns import Pattern
+from mpdeploy.tuning.checkpoint import Folder
+from mpdeploy.tuning.features import Tapped, find_blocks
+from mpdeploy.tuning.loss import distillation_loss, feature_loss
+from mpdeploy.tuning.masks import Masks, check_masks, check_search
+from mpdeploy.tuning.samples import Course, Indices, learning_rate
+from mpdeploy.tuning.teacher import Teacher
+from mpdeploy.tuning.team import Team, digest_of
+
+PRECISIONS = ("fp32", "bf16")
+
+Load = Callable[[Indices, Indices], Tensor]
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class TuneHistory:
+    """What a distillation did.
+
+    Args:
+        steps: step numbers, 1-based, one per optimiser step.
+        losses: the loss before that step; as long as `steps`.
+        epochs: epochs asked for and done.
+        resumed_at: steps that a checkpoint had already done, or None for a run from the start.
+        refreshes: (step, weights admitted to the masks after it) of every search for better masks.
+        blocks: names of the modules whose features were matched.
+    """
+
+    steps: tuple[int, ...]
+    losses: tuple[float, ...]
+    epochs: int
+    resumed_at: int | None
+    refreshes: tuple[tuple[int, int], ...] = ()
+    blocks: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class _Settings:
+    """What decides the result, beside the networks, the samples and their course."""
+
+    lr: float
+    temperature: float
+    hard_weight: float
+    feature_weight: float
+    weight_decay: float
+    ema: float
+    refresh: int
+    precision: str
+
+
+class _Run:
+    """All that changes from step to step: the student, its masks, its optimiser, the moving average, the history."""
+
+    def __init__(self, student: nn.Module, masks: Masks, settings: _Settings, team: Team) -> None:
+        parameters = list(student.parameters())
+        groups = [
+            {"params": [value for value in parameters if value.ndim >= 2], "weight_decay": settings.weight_decay},
+            {"params": [value for value in parameters if value.ndim < 2], "weight_decay": 0.0},
+        ]
+        self.student = student
+        self.masks = masks
+        self.ema = settings.ema
+        self.optimizer = torch.optim.AdamW(groups, lr=settings.lr)
+        # The average follows from the weights, which all processes share: one keeps it.
+        named = student.named_parameters() if settings.ema and team.rank == 0 else ()
+        self.average = {name: value.detach().clone() for name, value in named}
+        self.losses: list[float] = []
+        self.refreshes: list[tuple[int, int]] = []
+
+    def update(self, loss: float, rate: float) -> None:
+        """Take the optimiser step of the gradients that are there, at the learning rate `rate`."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.losses.append(loss)
+        self.masks.open()
+        self.optimizer.step()
+        changed = self.masks.close(len(self.losses), rate, self.optimizer)
+        if changed:
+            # As many leave as enter where a group was full.
+            self.refreshes.append(
+                (len(self.losses), sum(int((c & self.masks.masks[n]).sum()) for n, c in changed.items()))
+            )
+        self._follow(changed)
+
+    @torch.no_grad()
+    def _follow(self, changed: Mapping[str, Tensor]) -> None:
+        """Move the average towards the weights; where a mask changed it starts anew, so that it obeys the mask too."""
+        parameters = dict(self.student.named_parameters())
+        for name, value in self.average.items():
+            value.lerp_(parameters[name], 1 - self.ema)
+            moved = changed.get(name.removesuffix(".weight"))
+            if moved is not None and name.endswith(".weight"):
+                value.copy_(torch.where(moved, parameters[name], value))
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Every tensor that a resumed run needs, by name, on the CPU."""
+        found = {f"student/{name}": value for name, value in self.student.state_dict().items()}
+        found |= {f"average/{name}": value for name, value in self.average.items()}
+        found |= self.masks.tensors()
+        for name, parameter in self.student.named_parameters():
+            for key, value in self.optimizer.state.get(parameter, {}).items():
+                found[f"adamw/{key}/{name}"] = value
+        # Cloned, because tied parameters share storage, which safetensors refuses.
+        return {name: value.detach().cpu().contiguous().clone() for name, value in found.items()}
+
+    def history(self) -> dict[str, Any]:
+        """What a resumed run needs beside tensors, as JSON values."""
+        return {"losses": self.losses, "refreshes": self.refreshes}
+
+    def adopt(self, tensors: Mapping[str, Tensor], history: Any) -> None:
+        """Go on from what `tensors` and `history` returned."""
+        state = {name.removeprefix("student/"): value for name, value in tensors.items() if name.startswith("student/")}
+        self.student.load_state_dict(state)
+        for name in self.average:
+            self.average[name].copy_(tensors[f"average/{name}"])
+        self.masks.adopt(tensors)
+        for name, parameter in self.student.named_parameters():
+            for key in ("step", "exp_avg", "exp_avg_sq"):
+                value = tensors.get(f"adamw/{key}/{name}")
+                if value is not None:
+                    # AdamW keeps its step counter on the CPU whatever the parameter's device.
+                    self.optimizer.state[parameter][key] = value.to("cpu" if key == "step" else parameter.device)
+        self.losses = list(history["losses"])
+        self.refreshes = [(step, count) for step, count in history["refreshes"]]
+
+
+@dataclass(frozen=True)
+class _Loop:
+    """What stays the same from step to step."""
+
+    settings: _Settings
+    course: Course
+    team: Team
+    load: Load
+    labels: NDArray[np.int64]
+    device: torch.device
+    folder: Folder | None
+    every: int
+    progress: Progress
+
+    def autocast(self) -> contextlib.AbstractContextManager[Any]:
+        """Matrix products in bfloat16 where asked for; weights, gradients and losses stay float32."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.settings.precision == "bf16")
+
+
+def distil(
+    student: nn.Module,
+    teacher: nn.Module,
+    masks: Mapping[str, Tensor],
+    images: Callable[[NDArray[np.int64]], Tensor],
+    labels: NDArray[np.int64],
+    *,
+    epochs: int,
+    lr: float,
+    batch: int,
+    seed: int,
+    temperature: float = 2.0,
+    hard_weight: float = 0.5,
+    feature_weight: float = 0.0,
+    weight_decay: float = 0.0,
+    flip: bool = False,
+    ema: float = 0.0,
+    refresh: int = 0,
+    patterns: Mapping[str, Pattern] | None = None,
+    precision: str = "fp32",
+    device: str = "cpu",
+    checkpoint: Path | None = None,
+    checkpoint_every: int = 100,
+    progress: Progress,
+) -> TuneHistory:
+    """Train the student in place towards the teacher; it obeys its N:M patterns at every step.
+
+    BatchNorm keeps its running statistics (eval mode); dropout works as the student defines it. Inside an initialised
+    torch.distributed group, which has to take CPU tensors, every process calls this with the same arguments (its own
+    device; `checkpoint` on a disk that all see) and all end with the same weights: those of one process, but for the
+    order of additions.
+
+    Args:
+        student: the pruned network; on its own device and in eval mode afterwards.
+        teacher: the dense network; unchanged.
+        masks: for each pruned layer the boolean mask of its weight, true where a weight may be nonzero.
+        images: preprocessed float32 [b, C, H, W] of the sample indices it is given.
+        labels: int64 [n], n samples in all.
+        epochs: passes over the samples; 0 returns at once.
+        lr: peak learning rate of AdamW.
+        batch: samples per step over all processes; the last batch of an epoch may be smaller.
+        seed: decides the order of samples, flips and dropout.
+        temperature: softens both networks' outputs.
+        hard_weight: weight of the cross-entropy with the labels.
+        feature_weight: weight of `feature_loss` over the blocks that `find_blocks` names; 0 switches it off.
+        weight_decay: decoupled weight decay of weights with two or more axes.
+        flip: mirror each image left to right with probability one half.
+        ema: decay of a moving average of the weights, which then is the result; 0 switches it off.
+        refresh: steps between two searches for better masks, in the first epoch and the first half of the run only;
+            0 keeps the masks.
+        patterns: the pattern of each pruned layer, needed where `refresh` is not 0.
+        precision: "fp32", or "bf16" for mixed precision.
+        device: where to train.
+        checkpoint: folder for a checkpoint, made if missing; None keeps none. A finished run leaves its last one.
+        checkpoint_every: steps between checkpoints.
+        progress: told (steps done, steps in all).
+
+    Raises:
+        RecipeError: a setting is out of range, or the network has no blocks to match.
+        StageFailed: the loss or a weight becomes NaN or infinite, a mask doesn't fit, there are no samples, memory runs
+            out, the processes disagree, or the checkpoint belongs to another run.
+        CorruptArtifact: the checkpoint's files are not what was written.
+    """
+    settings = _Settings(lr, temperature, hard_weight, feature_weight, weight_decay, ema, refresh, precision)
+    course = Course(len(labels), batch, epochs, seed, flip)
+    _check_settings(settings, course, checkpoint_every)
+    if epochs == 0:
+        return TuneHistory((), (), 0, None)
+    if not len(labels):
+        raise StageFailed("There are no samples to tune on.")
+    check_masks(student, masks)
+    until, patterns = min(course.per_epoch, course.steps // 2), patterns or {}
+    check_search(refresh, until, masks, patterns)
+    team, place = Team.current(), torch.device(device)
+    identity = _identity(settings, course, student, masks, labels)
+    folder = Folder(checkpoint, identity) if checkpoint else None
+    load = _loader(images, place)
+    loop = _Loop(settings, course, team, load, labels, place, folder, checkpoint_every, progress)
+    homes = [next(network.parameters()).device for network in (student, teacher)]
+    try:
+        student.to(place), teacher.to(place)
+        run = _Run(student, Masks(student, masks, patterns, refresh, until), settings, team)
+        resumed_at = _resume(run, loop, identity)
+        with _memory_errors_named(batch):
+            blocks = _train(run, teacher, loop)
+        _finish(run, team)
+    finally:
+        student.eval()
+        student.to(homes[0]), teacher.to(homes[1])
+    steps = tuple(range(1, len(run.losses) + 1))
+    return TuneHistory(steps, tuple(run.losses), epochs, resumed_at, tuple(run.refreshes), blocks)
+
+
+def _loader(images: Callable[[NDArray[np.int64]], Tensor], device: torch.device) -> Load:
+    """Return what loads samples onto a device, mirrored where their variant is 1."""
+
+    def load(some: Indices, variants: Indices) -> Tensor:
+        batch = images(some).to(device)
+        if not variants.any():
+            return batch
+        mirrored = torch.from_numpy(variants == 1).to(device)
+        return torch.where(mirrored[:, None, None, None], batch.flip(-1), batch)
+
+    return load
+
+
+def _resume(run: _Run, loop: _Loop, identity: str) -> int | None:
+    """Bring a run to where its checkpoint left it; return the steps done, or None where there is no checkpoint."""
+    found = loop.folder.load() if loop.folder else None
+    if found:
+        run.adopt(*found)
+    resumed_at = len(run.losses) if found else None
+    loop.team.agree("settings, weights or checkpoint", hashlib.sha256(f"{identity} {resumed_at}".encode()).hexdigest())
+    return resumed_at
+
+
+def _train(run: _Run, teacher: nn.Module, loop: _Loop) -> tuple[str, ...]:
+    """Take the steps that are left; returns the names of the blocks whose features were matched."""
+    teacher.eval()
+    run.student.train()
+    for child in run.student.modules():
+        if isinstance(child, _BatchNorm):
+            child.eval()
+    one = np.zeros(1, np.int64)
+    blocks = find_blocks(teacher, loop.load(one, one)) if loop.settings.feature_weight else ()
+    tapped = [Tapped(network, blocks) for network in (run.student, teacher)]
+    try:
+        with torch.random.fork_rng(devices=[loop.device] if loop.device.type == "cuda" else []):
+            dense = Teacher(torch.no_grad()(tapped[1]), loop.load, loop.course, loop.team, features=bool(blocks))
+            _steps(run, _shared(tapped[0], loop), dense, loop)
+    finally:
+        for network in tapped:
+            network.release()
+    return blocks
+
+
+def _shared(network: Tapped, loop: _Loop) -> nn.Module:
+    """Let the processes of a team average their gradients."""
+    if loop.team.size == 1:
+        return network
+    return DistributedDataParallel(
+        network,
+        device_ids=[loop.device] if loop.device.type == "cuda" else None,
+        # Running statistics are frozen, so there is nothing to broadcast.
+        broadcast_buffers=False,
+        # A head that training doesn't use gets no gradient; a single process leaves it alone, and so must several.
+        find_unused_parameters=True,
+    )
+
+
+def _steps(run: _Run, student: nn.Module, teacher: Teacher, loop: _Loop) -> None:
+    total = loop.course.steps
+    for step in range(len(run.losses), total):
+        some, variants = loop.course.at(step)
+        rows, weight = loop.team.rows(len(some))
+        batch = loop.load(some[rows], variants[rows])
+        torch.manual_seed(loop.course.seed_of(step, loop.team.rank))
+        own = _loss(student, teacher, step, batch, loop.labels[some[rows]], loop)
+        loss = loop.team.mean(float(own.detach()) * weight)
+        rate = learning_rate(step, total, loop.settings.lr)
+        if not math.isfinite(loss):
+            raise StageFailed(
+                f"The distillation loss became {loss} at step {step + 1} of {total} (learning rate {rate:.3g}).",
+                hint="lower the learning rate, or look for NaN in the weights and images.",
+            )
+        run.optimizer.zero_grad(set_to_none=True)
+        (own * weight).backward()  # type: ignore[no-untyped-call]
+        run.update(loss, rate)
+        last = step + 1 == total
+        if loop.folder and loop.team.rank == 0 and ((step + 1) % loop.every == 0 or last):
+            loop.folder.save(step + 1, run.tensors(), run.history())
+        loop.progress(step + 1, total)
+
+
+def _loss(
+    student: nn.Module, teacher: Teacher, step: int, batch: Tensor, labels: NDArray[np.int64], loop: _Loop
+) -> Tensor:
+    """Mean loss over this process's rows of one step."""
+    settings = loop.settings
+    with loop.autocast():
+        logits, features = student(batch)
+        goal, goals = teacher.outputs(step, batch, logits.shape[1])
+    if labels.min() < 0 or labels.max() >= logits.shape[1]:
+        raise StageFailed(f"A label lies outside the network's {logits.shape[1]} classes.")
+    truth = torch.from_numpy(labels).to(loop.device)
+    loss = distillation_loss(
+        logits.float(), goal, truth, temperature=settings.temperature, hard_weight=settings.hard_weight
+    )
+    return loss + settings.feature_weight * feature_loss(features, goals) if features else loss
+
+
+def _finish(run: _Run, team: Team) -> None:
+    """Put the moving average in place and check what will be handed on."""
+    team.agree("weights after tuning", digest_of(run.student.state_dict()))
+    with torch.no_grad():
+        for name, value in run.student.named_parameters():
+            if name in run.average:
+                value.copy_(run.average[name])
+        if run.ema:
+            team.copy_from_first(run.student.parameters())
+    for name, value in run.student.named_parameters():
+        if not bool(torch.isfinite(value).all()):
+            raise StageFailed(
+                f"The parameter {name!r} is NaN or infinite after tuning.", hint="lower the learning rate."
+            )
+    check_masks(run.student, run.masks.masks)
+
+
+@contextlib.contextmanager
+def _memory_errors_named(batch: int) -> Iterator[None]:
+    """Turn a full memory into a sentence; every other error passes."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        # The CPU's allocator raises a plain RuntimeError.
+        if not isinstance(error, torch.OutOfMemoryError | MemoryError) and "DefaultCPUAllocator" not in str(error):
+            raise
+        raise StageFailed(
+            f"Memory ran out while tuning with batches of {batch}.",
+            hint="lower tune.batch, or let several GPUs share it under torchrun.",
+        ) from error
+
+
+def _check_settings(settings: _Settings, course: Course, checkpoint_every: int) -> None:
+    """Refuse settings out of range; written so that NaN is out of range."""
+    demands = {
+        "epochs must be at least 0": course.epochs >= 0,
+        "lr must be a positive number": 0 < settings.lr < math.inf,
+        "batch must be at least 1": course.batch >= 1,
+        "seed must be at least 0": course.seed >= 0,
+        "temperature must be a positive number": 0 < settings.temperature < math.inf,
+        "hard_weight must lie in [0, 1]": 0 <= settings.hard_weight <= 1,
+        "feature_weight must be a number of at least 0": 0 <= settings.feature_weight < math.inf,
+        "weight_decay must be a number of at least 0": 0 <= settings.weight_decay < math.inf,
+        "ema must lie in [0, 1)": 0 <= settings.ema < 1,
+        "refresh must be at least 0": settings.refresh >= 0,
+        f"precision must be {' or '.join(PRECISIONS)}": settings.precision in PRECISIONS,
+        "checkpoint_every must be at least 1": checkpoint_every >= 1,
+    }
+    broken = [demand for demand, met in demands.items() if not met]
+    if broken:
+        raise RecipeError(f"Tuning can't start: {'; '.join(broken)}.")
+
+
+def _identity(
+    settings: _Settings, course: Course, student: nn.Module, masks: Mapping[str, Tensor], labels: NDArray[np.int64]
+) -> str:
+    """Hex SHA-256 of what a checkpoint must agree with: settings, starting weights, masks, labels, torch's version.
+
+    The number of processes is no part of it: a run killed on four may go on with one.
+    """
+    asked = {**asdict(settings), **asdict(course), "torch": torch.__version__}
+    parts = [dumps(asked), digest_of(student.state_dict()), digest_of(masks)]
+    return hashlib.sha256("\n".join(parts).encode() + np.ascontiguousarray(labels).tobytes()).hexdigest()
