@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from mpdeploy.api import Run, layers, plan, run, verify_bundle
+    from mpdeploy.api import Run, layers, plan, run, spectrum, verify_bundle
     from mpdeploy.errors import CorruptArtifact, MpdeployError, RecipeError, StageFailed, Unavailable
     from mpdeploy.recipe import Recipe, RecipeFile, load_recipe
 
@@ -26,6 +26,7 @@ _HOME = {
     "load_recipe": "mpdeploy.recipe",
     "plan": "mpdeploy.api",
     "run": "mpdeploy.api",
+    "spectrum": "mpdeploy.api",
     "verify_bundle": "mpdeploy.api",
 }
 
@@ -43,6 +44,7 @@ __all__ = [
     "load_recipe",
     "plan",
     "run",
+    "spectrum",
     "verify_bundle",
 ]
 

@@ -9,7 +9,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mpdeploy import bundle as bundles
 from mpdeploy.artifact import Artifact, check_files, read_json
@@ -19,8 +19,13 @@ from mpdeploy.pipeline import plan as plan_steps
 from mpdeploy.planning import Preview, preview
 from mpdeploy.recipe import RecipeFile, load_recipe
 from mpdeploy.stages import STAGES
-from mpdeploy.store import Store, space_errors_named
+from mpdeploy.store import Store, space_errors_named, write_whole
 from mpdeploy.verify import Finding, Unreadable, verify
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from mpdeploy.spectra import Spectra
 
 LAST = STAGES[-1].name
 
@@ -108,6 +113,55 @@ def layers(recipe: str | Path | RecipeFile, *, sets: Sequence[str] = ()) -> Prev
     """Return what the recipe would do to each layer; reads no weights and no images."""
     file = recipe if isinstance(recipe, RecipeFile) else load_recipe(Path(recipe), sets)
     return preview(file.recipe)
+
+
+def spectrum(
+    model: "str | Path | nn.Module",
+    *,
+    weights: str | None = None,
+    args: Mapping[str, Any] | None = None,
+    layers: str = "*",
+    alpha: float = 0.25,
+    beta: float = 0.1,
+    out: str | Path | None = None,
+    watcher: Watcher | None = None,
+) -> "Spectra":
+    """Fit the Marchenko-Pastur law to each weight matrix of a network.
+
+    Args:
+        model: a timm name, "torchvision:NAME", "package.module:function", a recipe, a bundle, a state dict's file, or
+            a torch.nn.Module.
+        weights: "pretrained", "random" or a file; of a bundle "dense", "pruned" or "tuned". None is the recipe's own,
+            a bundle's dense ones, or "pretrained".
+        args: passed to the network's constructor.
+        layers: which layers, as a name pattern with * and ?.
+        alpha: share of the eigenvalues that the fit leaves out at each end.
+        beta: significance level of the edge: pure noise exceeds it with this probability.
+        out: a page ending in .html, or a folder to write one to; None writes none.
+        watcher: who wants to know how it goes.
+
+    Raises:
+        MpdeployError: the model or its weights can't be had, or hold NaN.
+    """
+    # scipy and torch take longer to load than most commands take to run.
+    from mpdeploy import spectra
+
+    watcher = watcher or Silent()
+    watcher.stage("spectrum", "running", str(model) if isinstance(model, str | Path) else type(model).__name__)
+    label, origin, found = spectra.read(model, weights, args)
+    chosen = spectra.select(found, layers)
+    page = spectra.page_path(out, label) if out is not None else None
+    fitted = spectra.examine(
+        chosen, alpha=alpha, beta=beta, progress=lambda d, t: watcher.progress("fitting spectra", d, t)
+    )
+    result = spectra.Spectra(label, origin, alpha, beta, fitted, page)
+    if page:
+        from mpdeploy.spectra_page import render
+
+        with space_errors_named(page.parent):
+            write_whole(page, render(result, lambda d, t: watcher.progress("drawing spectra", d, t)))
+    watcher.stage("spectrum", "done", f"{len(fitted)} layers")
+    return result
 
 
 def verify_bundle(bundle: str | Path, expect: str | None = None) -> list[Finding]:

@@ -135,6 +135,44 @@ def report(
 
 
 @app.command()
+def spectrum(
+    model: Annotated[
+        str,
+        typer.Argument(
+            metavar="MODEL",
+            help="A timm model, torchvision:NAME, package.module:function, a recipe, a bundle, or a state dict's file.",
+        ),
+    ],
+    weights: Annotated[
+        str | None,
+        typer.Option("--weights", metavar="W", help="pretrained, random or FILE; of a bundle dense, pruned or tuned."),
+    ] = None,
+    args: Annotated[
+        list[str] | None, typer.Option("--arg", metavar="KEY=VALUE", help="Pass it to the network's constructor.")
+    ] = None,
+    layers: Annotated[str, typer.Option("--layers", metavar="GLOB", help="Only layers of these names.")] = "*",
+    alpha: Annotated[float, typer.Option("--alpha", help="Share of eigenvalues left out at each end.")] = 0.25,
+    beta: Annotated[float, typer.Option("--beta", help="Probability that pure noise exceeds the edge.")] = 0.1,
+    out: Annotated[Path, typer.Option("--out", help="The page, or a folder for MODEL.spectrum.html.")] = Path(),
+    as_json: JsonOpt = False,
+) -> None:
+    """Fit the Marchenko-Pastur law to every weight matrix of a network, print it and draw it."""
+    from mpdeploy import api
+    from mpdeploy.show import Terminal, spectra_table
+    from mpdeploy.spectra import parse_args
+
+    with Terminal() as watcher:
+        result = api.spectrum(
+            model, weights=weights, args=parse_args(args or []), layers=layers, alpha=alpha, beta=beta, out=out,
+            watcher=watcher,
+        )  # fmt: skip
+    if as_json:
+        _print_json(result.to_json())
+    else:
+        spectra_table(result)
+
+
+@app.command()
 def doctor(as_json: JsonOpt = False) -> None:
     """Say what this machine can do: packages, GPU, and one tiny real operation per runtime."""
     from mpdeploy.doctor import examine

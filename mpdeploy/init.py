@@ -73,7 +73,7 @@ def write_recipe(model: str, out: Path | None, force: bool) -> Path:
     Raises:
         RecipeError: no such model, or the file is there already.
     """
-    kind, name = _kind(model)
+    kind, name = kind_and_name(model)
     short = re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-._")[:60]
     target = out or Path(f"{short}.toml")
     if target.exists() and not force:
@@ -83,7 +83,7 @@ def write_recipe(model: str, out: Path | None, force: bool) -> Path:
     return target
 
 
-def _kind(model: str) -> tuple[str, str]:
+def kind_and_name(model: str) -> tuple[str, str]:
     """Tell where a model comes from, and refuse a name that its library doesn't know."""
     if model.startswith("torchvision:"):
         return "torchvision", _known(model.removeprefix("torchvision:"), "torchvision")

@@ -25,10 +25,13 @@ NOT_PART_OF_THE_KEY = {
     "formats.py",
     "gates.py",
     "init.py",
+    "page.py",
     "planning.py",
     "plots.py",
     "report.py",
     "show.py",
+    "spectra.py",
+    "spectra_page.py",
     "targets.py",
     "verify.py",
 }

@@ -197,7 +197,7 @@ def spectrum(index: int, name: str, fit: Spectrum) -> Markup:
     limit = min(float(values.max(initial=1.0)) * 1.05, 4.0)
     with mpl.rc_context(_STYLE):
         figure, axes = _axes(_SMALL)
-        bins = np.linspace(0, limit, 41)
+        bins = np.linspace(0, limit, 1 + min(40, max(10, values.size // 3)))
         heights = np.histogram(values, bins)[0] / (max(values.size, 1) * (bins[1] - bins[0]))
         axes.stairs(heights, bins, fill=True, color=DENSE, alpha=0.4)
         x = np.linspace(1e-6, min(1.0, limit), 160)
@@ -213,6 +213,8 @@ def spectrum(index: int, name: str, fit: Spectrum) -> Markup:
         axes.set_yticks([])
         axes.locator_params(axis="x", nbins=4)
         beyond = int((above > limit).sum())
+        if beyond:
+            axes.text(limit, 0.97 * top, f"{beyond} beyond ▸", color=LOST, ha="right", va="top", fontsize=9.0)
         text = (
             f"{values.size} non-zero eigenvalues, {above.size} above the edge at {fit.edge:.3g} (sigma "
             f"{fit.sigma:.3g}); the largest is {values.max(initial=0.0):.3g} times the edge."
@@ -221,8 +223,8 @@ def spectrum(index: int, name: str, fit: Spectrum) -> Markup:
         return _inline(figure, f"spectrum-{index}", f"Eigenvalues of {name}", text)
 
 
-def spectra_summary(sigma: Floats, largest: Floats, spikes: Floats) -> Markup:
-    """Draw, per pruned layer in network order: sigma, largest eigenvalue over the edge, and the number of spikes."""
+def spectra_summary(sigma: Floats, largest: Floats, spikes: Floats, *, kind: str = "pruned layer") -> Markup:
+    """Draw, per layer of a kind in network order: sigma, largest eigenvalue over the edge, and number of spikes."""
     with mpl.rc_context(_STYLE):
         figure = Figure(figsize=(4.3, 3.9))
         panels = figure.subplots(3, 1, sharex=True)
@@ -234,10 +236,11 @@ def spectra_summary(sigma: Floats, largest: Floats, spikes: Floats) -> Markup:
             axes.set_ylim(bottom=0)
             axes.locator_params(axis="y", nbins=4)
         panels[1].axhline(1, color=INK, lw=0.9, ls="--")
-        panels[2].set_xlabel("pruned layer, in network order")
+        panels[2].xaxis.get_major_locator().set_params(integer=True)
+        panels[2].set_xlabel(f"{kind}, in network order")
         figure.subplots_adjust(0.15, 0.12, 0.98, 0.97, hspace=0.22)
         text = (
-            f"{sigma.size} pruned layers. Sigma from {sigma.min():.3g} to {sigma.max():.3g}; largest eigenvalue over "
+            f"{sigma.size} {kind}s. Sigma from {sigma.min():.3g} to {sigma.max():.3g}; largest eigenvalue over "
             f"the edge from {largest.min():.3g} to {largest.max():.3g}; {int(spikes.sum())} spikes in all."
         )
         return _inline(figure, "spectra", "Fitted noise level, largest eigenvalue and spikes of each layer", text)

@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jinja2 import ChainableUndefined, Environment, PackageLoader, Undefined
 
 from mpdeploy import plots
 from mpdeploy.bundle_reader import BundleReader
 from mpdeploy.errors import CorruptArtifact
 from mpdeploy.formats import FORMATS, NOT_MEASURED, count, interval, number, percent, si, times
+from mpdeploy.page import environment
 from mpdeploy.pruning.spectrum import Spectrum
 
 MOST_SPECTRA, SHOWN_SPECTRA = 24, 12
@@ -66,7 +66,7 @@ def render(bundle: Path) -> str:
         "has_verdict": bool(read.json("verdict.json")),
         "absent": read.absent,
     }
-    return _environment().get_template("report.html.jinja").render(view)
+    return environment().get_template("report.html.jinja").render(view)
 
 
 def _verdict(bundle: BundleReader) -> dict[str, Any]:
@@ -325,8 +325,9 @@ def _spectra(bundle: BundleReader) -> dict[str, Any]:
     shown, summary = list(range(len(rows))), None
     if len(rows) > MOST_SPECTRA:
         largest = [float(values[row["name"]].max()) / row["spectrum"]["edge"] for row in rows]
-        series = [np.array(x, np.float64) for x in ([f["sigma"] for f in fits], largest, [f["spikes"] for f in fits])]
-        summary = plots.spectra_summary(*series)
+        columns = ([f["sigma"] for f in fits], largest, [f["spikes"] for f in fits])
+        sigma, over, spikes = (np.array(x, np.float64) for x in columns)
+        summary = plots.spectra_summary(sigma, over, spikes)
         shown = sorted(sorted(shown, key=lambda i: (-fits[i]["spikes"], i))[:SHOWN_SPECTRA])
     figures = []
     for i in shown:
@@ -373,17 +374,3 @@ def _provenance(bundle: BundleReader) -> dict[str, Any]:
         "preprocessing": [(key, _plain(value)) for key, value in bundle.json("preprocessing.json").items()],
         "files": bundle.files,
     }
-
-
-def _environment() -> Environment:
-    """Return jinja2's environment: everything is escaped, and a value that is missing prints as not measured."""
-    environment = Environment(
-        loader=PackageLoader("mpdeploy", ""),
-        autoescape=True,
-        undefined=ChainableUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        finalize=lambda value: NOT_MEASURED if value is None or isinstance(value, Undefined) else value,
-    )
-    environment.filters.update(FORMATS, interval=lambda row, unit: interval(row.get("low"), row.get("high"), unit))
-    return environment

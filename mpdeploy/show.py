@@ -4,7 +4,7 @@ import sys
 import time
 from collections.abc import Iterable, Sequence
 from types import TracebackType
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
@@ -14,6 +14,9 @@ from rich.text import Text
 from mpdeploy.api import Run
 from mpdeploy.pipeline import Step
 from mpdeploy.planning import LayerRow, Preview
+
+if TYPE_CHECKING:
+    from mpdeploy.spectra import LayerSpectrum, Spectra
 
 COLOURS = {"holds": "green", "ok": "green", "refuted": "red", "broken": "red"}
 RELEASE = {
@@ -188,6 +191,49 @@ def findings_table(findings: Sequence[Any], verdict: Any) -> None:
     for finding in findings:
         made.add_row(finding.claim, coloured(str(finding.verdict)), finding.reason)
     out.print(made, "", coloured(str(verdict)))
+
+
+def spectra_table(spectra: "Spectra") -> None:
+    """Print the fitted law of each layer, the rules behind the last column, and where the page is."""
+    from mpdeploy.spectra import RULES
+
+    numbers = ("gamma", "sigma", "edge", "largest", "spikes", "bulk", "KS")
+    made = table(
+        f"Spectra of {spectra.model}, weights: {spectra.weights}",
+        ("layer", "shape", *numbers, "looks"),
+        right=numbers,
+    )
+    for layer in spectra.layers:
+        made.add_row(layer.name, "x".join(map(str, layer.shape)), *_fit_cells(layer))
+    out = console()
+    out.print(made, "")
+    out.print(
+        f"Edge and largest are singular values; noise alone exceeds the edge with probability {spectra.beta:g}. "
+        f"KS is over the central {1 - 2 * spectra.alpha:.0%} of the eigenvalues. Looks, first match:"
+    )
+    rules = Table(box=None, show_header=False, pad_edge=False)
+    for word, rule in RULES:
+        rules.add_row(f"  {word}", rule)
+    out.print(rules)
+    if spectra.page:
+        out.print(f"page  {spectra.page}", soft_wrap=True)
+
+
+def _fit_cells(layer: "LayerSpectrum") -> list[str]:
+    """Return the cells of one layer after its shape."""
+    own = layer.fit
+    if own is None:
+        return [*[""] * 7, f"{layer.character}: {layer.reason}"]
+    return [
+        f"{own.aspect:.3f}",
+        f"{own.sigma:.4g}",
+        f"{own.edge_singular:.4g}",
+        f"{own.largest_singular:.4g}",
+        str(own.spikes),
+        f"{100 * own.bulk_fraction:.1f} %",
+        f"{own.ks:.3f}",
+        layer.character,
+    ]
 
 
 def doctor_table(checks: Sequence[Any]) -> None:

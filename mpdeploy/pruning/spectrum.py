@@ -13,7 +13,7 @@ import scipy.linalg
 import scipy.stats
 from numpy.typing import NDArray
 
-from mpdeploy.errors import StageFailed
+from mpdeploy.errors import RecipeError, StageFailed
 
 Floats = NDArray[np.float64]
 GRID = 20_001
@@ -54,6 +54,11 @@ class Spectrum:
     def edge_singular(self) -> float:
         """The edge as a singular value of the matrix: sqrt(n * edge)."""
         return float(np.sqrt(max(self.rows, self.cols) * self.edge))
+
+    @property
+    def largest_singular(self) -> float:
+        """The largest singular value of the matrix."""
+        return float(np.sqrt(max(self.rows, self.cols) * self.eigenvalues[-1]))
 
 
 def support(gamma: float) -> tuple[float, float]:
@@ -132,16 +137,19 @@ def fit(weight: NDArray[np.floating], *, alpha: float = 0.25, beta: float = 0.1)
 
     sigma^2 is the least-squares slope through the origin of the eigenvalues against the law's quantiles at
     (k - 1/2)/p, over the central eigenvalues alpha p <= k <= (1 - alpha) p, which spikes don't reach.
+    Source: Ke, Ma and Lin, "Estimation of the number of spiked eigenvalues by bulk eigenvalue matching", 2021.
 
     Args:
         weight: 2-D, either orientation; a convolution comes as [O, I*kh*kw].
-        alpha: share of the eigenvalues left out at each end.
-        beta: significance level of the edge.
+        alpha: share of the eigenvalues left out at each end, in [0, 0.5).
+        beta: significance level of the edge, in (0, 1).
 
     Raises:
-        StageFailed: the matrix is no matrix, holds NaN or infinity, is thinner than 2, or has no bulk (the central
-            eigenvalues are all zero).
+        RecipeError: alpha or beta is out of range.
+        StageFailed: the matrix is no matrix, holds NaN or infinity, is thinner than 2, has no eigenvalue in the
+            window that `alpha` leaves, or has no bulk (the central eigenvalues are all zero).
     """
+    check_levels(alpha, beta)
     matrix = np.asarray(weight, dtype=np.float64)
     if matrix.ndim != 2 or min(matrix.shape) < 2:
         raise StageFailed(f"A spectrum needs a matrix of at least 2 x 2; this weight has shape {list(matrix.shape)}.")
@@ -151,9 +159,15 @@ def fit(weight: NDArray[np.floating], *, alpha: float = 0.25, beta: float = 0.1)
     p, n = sorted((rows, cols))
     gamma = p / n
     gram = matrix @ matrix.T if rows <= cols else matrix.T @ matrix
-    eigenvalues = np.clip(scipy.linalg.eigvalsh(gram) / n, 0.0, None)
+    eigenvalues = scipy.linalg.eigvalsh(gram, overwrite_a=True, check_finite=False) / n
+    # Rounding in the product moves each eigenvalue by up to this much: below it, they are zero.
+    eigenvalues[eigenvalues < p * np.finfo(np.float64).eps * eigenvalues[-1]] = 0.0
     k = np.arange(1, p + 1)
     window = (k >= alpha * p) & (k <= (1 - alpha) * p)
+    if not window.any():
+        raise StageFailed(
+            f"With alpha = {alpha:g}, none of the {p} eigenvalues is left to fit; a smaller one leaves some."
+        )
     quantiles, inside = mp_quantile((k[window] - 0.5) / p, gamma), eigenvalues[window]
     variance = float(quantiles @ inside / (quantiles @ quantiles))
     if not variance > 0:
@@ -173,6 +187,20 @@ def fit(weight: NDArray[np.floating], *, alpha: float = 0.25, beta: float = 0.1)
         bulk_fraction=1 - len(above) / p,
         signals=np.sqrt(n * inverse_bbp(above, variance, gamma)),
     )
+
+
+def check_levels(alpha: float, beta: float) -> None:
+    """Refuse levels that mean nothing.
+
+    Raises:
+        RecipeError: alpha is not in [0, 0.5), or beta not in (0, 1).
+    """
+    if not 0 <= alpha < 0.5:
+        raise RecipeError(
+            f"alpha is {alpha:g}; expected a share of the eigenvalues to leave out at each end, 0 to 0.5."
+        )
+    if not 0 < beta < 1:
+        raise RecipeError(f"beta is {beta:g}; expected a significance level between 0 and 1.")
 
 
 def inverse_bbp(eigenvalues: Floats, variance: float, gamma: float) -> Floats:
