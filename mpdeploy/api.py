@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from mpdeploy import bundle as bundles
 from mpdeploy.artifact import Artifact, check_files, read_json
-from mpdeploy.errors import CorruptArtifact
+from mpdeploy.errors import CorruptArtifact, RecipeError
 from mpdeploy.pipeline import Silent, Step, Watcher, compile_recipe
 from mpdeploy.pipeline import plan as plan_steps
 from mpdeploy.planning import Preview, preview
@@ -158,10 +158,19 @@ def spectrum(
     if page:
         from mpdeploy.spectra_page import render
 
-        with space_errors_named(page.parent):
-            write_whole(page, render(result, lambda d, t: watcher.progress("drawing spectra", d, t)))
+        _write_page(page, render(result, lambda d, t: watcher.progress("drawing spectra", d, t)))
     watcher.stage("spectrum", "done", f"{len(fitted)} layers")
     return result
+
+
+def _write_page(page: Path, text: str) -> None:
+    try:
+        with space_errors_named(page.parent):
+            write_whole(page, text)
+    except OSError as error:
+        raise RecipeError(
+            f"{page} can't be written: {error.strerror or error}.", hint="pass --out with a file or folder that can be."
+        ) from error
 
 
 def verify_bundle(bundle: str | Path, expect: str | None = None) -> list[Finding]:
