@@ -15,7 +15,7 @@ from typing import Annotated, Any
 
 import typer
 
-from mpdeploy import __version__
+from mpdeploy import __version__, launch
 from mpdeploy.errors import MpdeployError
 
 EXIT_OF_VERDICT = {"holds": 0, "refuted": 1, "unchecked": 4}
@@ -233,7 +233,18 @@ class _nothing:  # noqa: N801 - reads as the word it stands for
 
 
 def main() -> None:
-    """Run the command line and turn every exception into an exit code."""
+    """Run the command line; of several processes under torchrun the first one does, the others serve it."""
+    if launch.rank():
+        launch.serve()
+        return
+    try:
+        _run_app()
+    finally:
+        launch.dismiss()
+
+
+def _run_app() -> None:
+    """Turn every exception into an exit code."""
     try:
         app()
     except MpdeployError as error:

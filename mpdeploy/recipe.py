@@ -96,7 +96,7 @@ class Prune(Table):
 
 
 class Tune(Table):
-    """Distillation from the dense network with the mask frozen."""
+    """Distillation from the dense network; the pattern holds at every step."""
 
     epochs: Annotated[int, Field(ge=0, le=3)]
     lr: Annotated[float, Field(gt=0.0)] = 1e-4
@@ -104,9 +104,18 @@ class Tune(Table):
     temperature: Annotated[float, Field(gt=0.0)] = 2.0
     hard_weight: Share = Field(0.5, description="Weight of cross-entropy with the labels; the rest is distillation.")
     weight_decay: Annotated[float, Field(ge=0.0)] = 0.0
-    ema: Share = Field(0.0, description="Decay of the averaged weights; 0 is off.")
+    feature_weight: Annotated[float, Field(ge=0.0)] = Field(
+        0.0, description="Weight of the blocks' squared error, relative to the dense features' mean square; 0 is off."
+    )
+    ema: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(0.0, description="Decay of the averaged weights; 0 is off.")
+    refresh: Annotated[int, Field(ge=0)] = Field(
+        0, description="Steps between searches for better masks, in the first epoch only; 0 keeps the masks."
+    )
     flip: bool = Field(False, description="Flip images left to right at random.")
-    seed: int = 0
+    precision: Literal["auto", "fp32", "bf16"] = Field(
+        "auto", description="auto: bf16 mixed precision on a GPU that has it, else fp32."
+    )
+    seed: Annotated[int, Field(ge=0)] = 0
     device: Literal["cpu", "cuda"] = "cpu"
 
 

@@ -84,12 +84,13 @@ class Terminal:
         self.console.print(f"{name:<9} {state:<8} {note}{took}", soft_wrap=True)
 
     def progress(self, label: str, done: int, total: int) -> None:
-        """Move the bar."""
-        if self.task is None or label != self.label:
+        """Move the bar; what follows a comma in the label may change from call to call."""
+        kind = label.partition(",")[0]
+        if self.task is None or kind != self.label:
             if self.task is not None:
                 self.bar.remove_task(self.task)
-            self.task, self.label = self.bar.add_task(label, total=total), label
-        self.bar.update(self.task, completed=done, total=total)
+            self.task, self.label = self.bar.add_task(label, total=total), kind
+        self.bar.update(self.task, description=label, completed=done, total=total)
 
 
 def plan_tables(steps: Sequence[Step], preview: Preview) -> None:

@@ -85,6 +85,7 @@ class _Run:
         self.average = {name: value.detach().clone() for name, value in named}
         self.losses: list[float] = []
         self.refreshes: list[tuple[int, int]] = []
+        self.blocks: tuple[str, ...] = ()
 
     def update(self, loss: float, rate: float) -> None:
         """Take the optimiser step of the gradients that are there, at the learning rate `rate`."""
@@ -124,7 +125,7 @@ class _Run:
 
     def history(self) -> dict[str, Any]:
         """What a resumed run needs beside tensors, as JSON values."""
-        return {"losses": self.losses, "refreshes": self.refreshes}
+        return {"losses": self.losses, "refreshes": self.refreshes, "blocks": self.blocks}
 
     def adopt(self, tensors: Mapping[str, Tensor], history: Any) -> None:
         """Go on from what `tensors` and `history` returned."""
@@ -141,6 +142,7 @@ class _Run:
                     self.optimizer.state[parameter][key] = value.to("cpu" if key == "step" else parameter.device)
         self.losses = list(history["losses"])
         self.refreshes = [(step, count) for step, count in history["refreshes"]]
+        self.blocks = tuple(history["blocks"])
 
 
 @dataclass(frozen=True)
@@ -156,6 +158,10 @@ class _Loop:
     folder: Folder | None
     every: int
     progress: Progress
+
+    def one(self) -> Tensor:
+        """One image, to see how a network uses its modules."""
+        return self.load(np.zeros(1, np.int64), np.zeros(1, np.int64))
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
         """Matrix products in bfloat16 where asked for; weights, gradients and losses stay float32."""
@@ -246,13 +252,13 @@ def distil(
         run = _Run(student, Masks(student, masks, patterns, refresh, until), settings, team)
         resumed_at = _resume(run, loop, identity)
         with _memory_errors_named(batch):
-            blocks = _train(run, teacher, loop)
+            _train(run, teacher, loop)
         _finish(run, team)
     finally:
         student.eval()
         student.to(homes[0]), teacher.to(homes[1])
     steps = tuple(range(1, len(run.losses) + 1))
-    return TuneHistory(steps, tuple(run.losses), epochs, resumed_at, tuple(run.refreshes), blocks)
+    return TuneHistory(steps, tuple(run.losses), epochs, resumed_at, tuple(run.refreshes), run.blocks)
 
 
 def _loader(images: Callable[[NDArray[np.int64]], Tensor], device: torch.device) -> Load:
@@ -278,24 +284,25 @@ def _resume(run: _Run, loop: _Loop, identity: str) -> int | None:
     return resumed_at
 
 
-def _train(run: _Run, teacher: nn.Module, loop: _Loop) -> tuple[str, ...]:
-    """Take the steps that are left; returns the names of the blocks whose features were matched."""
+def _train(run: _Run, teacher: nn.Module, loop: _Loop) -> None:
+    """Take the steps that are left, if any."""
+    if len(run.losses) == loop.course.steps:
+        return
     teacher.eval()
     run.student.train()
     for child in run.student.modules():
         if isinstance(child, _BatchNorm):
             child.eval()
-    one = np.zeros(1, np.int64)
-    blocks = find_blocks(teacher, loop.load(one, one)) if loop.settings.feature_weight else ()
-    tapped = [Tapped(network, blocks) for network in (run.student, teacher)]
+    if loop.settings.feature_weight:
+        run.blocks = find_blocks(teacher, loop.one())
+    tapped = [Tapped(network, run.blocks) for network in (run.student, teacher)]
     try:
         with torch.random.fork_rng(devices=[loop.device] if loop.device.type == "cuda" else []):
-            dense = Teacher(torch.no_grad()(tapped[1]), loop.load, loop.course, loop.team, features=bool(blocks))
+            dense = Teacher(torch.no_grad()(tapped[1]), loop.load, loop.course, loop.team, features=bool(run.blocks))
             _steps(run, _shared(tapped[0], loop), dense, loop)
     finally:
         for network in tapped:
             network.release()
-    return blocks
 
 
 def _shared(network: Tapped, loop: _Loop) -> nn.Module:
@@ -305,11 +312,15 @@ def _shared(network: Tapped, loop: _Loop) -> nn.Module:
     return DistributedDataParallel(
         network,
         device_ids=[loop.device] if loop.device.type == "cuda" else None,
-        # Running statistics are frozen, so there is nothing to broadcast.
-        broadcast_buffers=False,
         # A head that training doesn't use gets no gradient; a single process leaves it alone, and so must several.
-        find_unused_parameters=True,
+        find_unused_parameters=_leaves_some_unused(network, loop.one()),
     )
+
+
+def _leaves_some_unused(network: nn.Module, image: Tensor) -> bool:
+    parameters = [value for value in network.parameters() if value.requires_grad]
+    logits, _ = network(image)
+    return any(part is None for part in torch.autograd.grad(logits.sum(), parameters, allow_unused=True))
 
 
 def _steps(run: _Run, student: nn.Module, teacher: Teacher, loop: _Loop) -> None:
@@ -355,7 +366,8 @@ def _loss(
 
 def _finish(run: _Run, team: Team) -> None:
     """Put the moving average in place and check what will be handed on."""
-    team.agree("weights after tuning", digest_of(run.student.state_dict()))
+    if team.size > 1:
+        team.agree("weights after tuning", digest_of(run.student.state_dict()))
     with torch.no_grad():
         for name, value in run.student.named_parameters():
             if name in run.average:
