@@ -210,7 +210,7 @@ def spectra_table(spectra: "Spectra") -> None:
     out.print(made, "")
     out.print(
         f"Edge and largest are singular values; noise alone exceeds the edge with probability {spectra.beta:g}. "
-        f"KS is over the central {1 - 2 * spectra.alpha:.0%} of the eigenvalues. Looks, first match:"
+        f"KS is over the central {100 - 200 * spectra.alpha:g} % of the eigenvalues. Looks, first match:"
     )
     rules = Table(box=None, show_header=False, pad_edge=False)
     for word, rule in RULES:
@@ -227,9 +227,9 @@ def _fit_cells(layer: "LayerSpectrum") -> list[str]:
         return [*[""] * 7, f"{layer.character}: {layer.reason}"]
     return [
         f"{own.aspect:.3f}",
-        f"{own.sigma:.4g}",
-        f"{own.edge_singular:.4g}",
-        f"{own.largest_singular:.4g}",
+        f"{own.sigma:#.4g}",
+        f"{own.edge_singular:#.4g}",
+        f"{own.largest_singular:#.4g}",
         str(own.spikes),
         f"{100 * own.bulk_fraction:.1f} %",
         f"{own.ks:.3f}",

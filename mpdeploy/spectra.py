@@ -27,7 +27,7 @@ BUNDLED = ("dense", "pruned", "tuned")
 FEWEST, HEAVY, OFF, ABOVE = 32, 0.05, 0.1, 1.05
 RULES = (
     ("too few to judge", f"fewer than {FEWEST} eigenvalues"),
-    ("heavy tail", f"more than {HEAVY:.0%} of the eigenvalues are above the edge"),
+    ("heavy tail", f"more than {100 * HEAVY:g} % of the eigenvalues are above the edge"),
     ("off the law", f"KS above {OFF:g}: the central eigenvalues don't follow the law"),
     ("bulk + spikes", f"the law fits, and an eigenvalue is above {ABOVE:g} times the edge"),
     ("bulk-like", "the law fits, and nothing stands out: as far as the spectrum tells, noise"),
