@@ -288,10 +288,9 @@ def _of_bundle(folder: Path, weights: str | None, args: Mapping[str, Any]) -> tu
     which = weights or BUNDLED[0]
     if which not in BUNDLED or args:
         raise RecipeError(f"Of a bundle, --weights is one of {', '.join(BUNDLED)}, and there is no --arg.")
-    file, files = f"weights/{which}.safetensors", read_json(folder / MANIFEST)["files"]
-    check_files(folder, {name: files[name] for name in (file, "layers.json") if name in files}, "The bundle")
+    check_files(folder, read_json(folder / MANIFEST)["files"], "The bundle")
     groups = {f"{layer['name']}.weight": layer["groups"] for layer in read_json(folder / "layers.json")}
-    return folder.resolve().name, f"{which} (bundle)", _of_state(_state(folder / file), groups)
+    return folder.resolve().name, f"{which} (bundle)", _of_state(_state(folder / f"weights/{which}.safetensors"), groups)
 
 
 def _state(path: Path) -> "dict[str, Tensor]":
