@@ -290,7 +290,11 @@ def _of_bundle(folder: Path, weights: str | None, args: Mapping[str, Any]) -> tu
         raise RecipeError(f"Of a bundle, --weights is one of {', '.join(BUNDLED)}, and there is no --arg.")
     check_files(folder, read_json(folder / MANIFEST)["files"], "The bundle")
     groups = {f"{layer['name']}.weight": layer["groups"] for layer in read_json(folder / "layers.json")}
-    return folder.resolve().name, f"{which} (bundle)", _of_state(_state(folder / f"weights/{which}.safetensors"), groups)
+    return (
+        folder.resolve().name,
+        f"{which} (bundle)",
+        _of_state(_state(folder / f"weights/{which}.safetensors"), groups),
+    )
 
 
 def _state(path: Path) -> "dict[str, Tensor]":

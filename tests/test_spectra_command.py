@@ -1,6 +1,7 @@
 """`mpdeploy spectrum`: any network in, a table, JSON and a page out; what can't be fitted says why."""
 
 import dataclasses
+import html
 import json
 import re
 import subprocess
@@ -11,7 +12,7 @@ import pytest
 import torch
 from conftest import QUICKSTART, ROOT
 from safetensors.numpy import load_file, save_file
-from test_report import Page
+from test_report import MEASURE, Page, browse, in_browser
 from torch import nn
 
 import mpdeploy
@@ -350,6 +351,21 @@ def test_the_page_is_self_contained_and_well_formed(quickstart_page):
     assert not re.search(r"https?:|//[a-z]|@import|url\((?!#)", page)
     ids = [attributes["id"] for _, attributes in read.elements if "id" in attributes]
     assert len(ids) == len(set(ids))
+
+
+@in_browser
+def test_no_horizontal_scroll_at_desktop_and_phone_width(quickstart_page, tmp_path):
+    widths = (1280, 390, 320)
+    page = html.escape(quickstart_page[1])
+    frames = "".join(f'<iframe width="{w}" height="700" style="border:0" srcdoc="{page}"></iframe>' for w in widths)
+    (tmp_path / "frames.html").write_text("<!DOCTYPE html>" + MEASURE.format(frames=frames), encoding="utf-8")
+    dom = browse(tmp_path, "--dump-dom", (tmp_path / "frames.html").as_uri())
+    rows = json.loads(re.search(r'<pre id="out">(.*?)</pre>', dom)[1])
+    assert [row["width"] for row in rows] == list(widths)
+    for row in rows:
+        assert row["scroll"] <= row["width"]
+        assert row["height"] > 2000, "the page was not laid out"
+        assert row["smallest"] >= 12
 
 
 def test_the_same_weights_give_the_same_page(quickstart_page, tmp_path):
