@@ -174,6 +174,15 @@ def test_levels_out_of_range_are_refused(alpha, beta):
         mp.fit(np.eye(8), alpha=alpha, beta=beta)
 
 
+@pytest.mark.parametrize("beta", [0.8, 0.999, 1 - 1e-12])
+def test_a_careless_level_never_gives_nan(beta):
+    for size in (30, 60):
+        fitted = mp.fit(np.random.default_rng(size).normal(size=(size, size)), beta=beta)
+        assert np.isfinite(fitted.signals).all() and fitted.edge_singular > 0
+    with pytest.raises(StageFailed, match="too small to have an edge"):
+        mp.fit(np.random.default_rng(0).normal(size=(2, 2)), beta=0.999)
+
+
 def test_a_window_without_an_eigenvalue_is_refused():
     with pytest.raises(StageFailed, match="none of the 3 eigenvalues is left"):
         mp.fit(np.eye(3), alpha=0.49)

@@ -147,7 +147,7 @@ def fit(weight: NDArray[np.floating], *, alpha: float = 0.25, beta: float = 0.1)
     Raises:
         RecipeError: alpha or beta is out of range.
         StageFailed: the matrix is no matrix, holds NaN or infinity, is thinner than 2, has no eigenvalue in the
-            window that `alpha` leaves, or has no bulk (the central eigenvalues are all zero).
+            window that `alpha` leaves, has no bulk (the central eigenvalues are all zero), or no edge above zero.
     """
     check_levels(alpha, beta)
     matrix = np.asarray(weight, dtype=np.float64)
@@ -173,6 +173,8 @@ def fit(weight: NDArray[np.floating], *, alpha: float = 0.25, beta: float = 0.1)
     if not variance > 0:
         raise StageFailed("A spectrum needs a bulk; the central eigenvalues of this matrix are all zero.")
     edge = variance * upper_edge(rows, cols, beta)
+    if not edge > 0:
+        raise StageFailed(f"With beta = {beta:g}, a matrix of {rows} x {cols} is too small to have an edge above zero.")
     fitted = mp_cdf(inside / variance, gamma)
     ks = float(np.maximum(np.abs(fitted - k[window] / p), np.abs(fitted - (k[window] - 1) / p)).max())
     above = eigenvalues[eigenvalues > edge]
@@ -211,8 +213,9 @@ def inverse_bbp(eigenvalues: Floats, variance: float, gamma: float) -> Floats:
     Source: Benaych-Georges and Nadakuditi, "The singular values and vectors of low rank perturbations", 2012.
 
     Returns:
-        theta^2, on the scale of the eigenvalues.
+        theta^2, on the scale of the eigenvalues; for one inside the bulk, which tells nothing, at most the limit of
+        detection sqrt(gamma) g, and never below 0.
     """
     b = eigenvalues - variance * (1 + gamma)
     result: Floats = (b + np.sqrt(np.clip(b**2 - 4 * gamma * variance**2, 0.0, None))) / 2
-    return result
+    return np.clip(result, 0.0, None)
