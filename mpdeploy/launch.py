@@ -39,8 +39,8 @@ def rank() -> int:
 
 
 def world() -> int:
-    """Return how many processes there are."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    """Return how many processes a launcher started that also says where they meet."""
+    return int(os.environ.get("WORLD_SIZE", "1")) if "MASTER_ADDR" in os.environ else 1
 
 
 def local_rank() -> int:

@@ -4,71 +4,13 @@ import json
 
 import numpy as np
 import pytest
-import timm
 import torch
-from torch import nn
 from torch.nn import functional as F
+from tuning_networks import LABELS, PATTERN, PIXELS, SAMPLES, Killed, killer, networks, same, tune
 
 from mpdeploy.errors import CorruptArtifact, RecipeError, StageFailed
-from mpdeploy.pruning.patterns import Pattern, as_rows, bad_groups, from_rows, project
-from mpdeploy.tuning import checkpoint, distil, distillation_loss, learning_rate
-
-PATTERN = Pattern(2, 4)
-SAMPLES = 40
-
-
-def networks(name="vit_tiny_patch16_224"):
-    torch.manual_seed(0)
-    args = {"img_size": 16, "patch_size": 8, "depth": 1, "embed_dim": 32, "num_heads": 2, "proj_drop_rate": 0.1}
-    if name == "resnet10t":
-        args = {"channels": (8, 8, 8, 8), "stem_width": 8}
-    teacher = timm.create_model(name, num_classes=5, **args).eval()
-    student, masks = copy.deepcopy(teacher), {}
-    for layer, module in student.named_modules():
-        if isinstance(module, nn.Linear | nn.Conv2d) and module.weight.shape[1] % 4 == 0:
-            weight = module.weight.detach()
-            masks[layer] = from_rows(project(as_rows(weight).abs(), PATTERN), weight.shape)
-            weight.mul_(masks[layer])
-    return student, teacher, masks
-
-
-def samples(size=16):
-    generator = torch.Generator().manual_seed(1)
-    pixels = torch.randn(SAMPLES, 3, size, size, generator=generator)
-    return pixels, torch.randint(0, 5, (SAMPLES,), generator=generator).numpy()
-
-
-PIXELS, LABELS = samples()
-DEFAULTS = {"epochs": 2, "lr": 3e-3, "batch": 8, "seed": 3}
-
-
-def tune(
-    student,
-    teacher,
-    masks,
-    *,
-    images=lambda some: PIXELS[some],
-    labels=LABELS,
-    progress=lambda done, total: None,
-    **more,
-):
-    return distil(student, teacher, masks, images, labels, progress=progress, **{**DEFAULTS, **more})
-
-
-def same(left, right):
-    return all(torch.equal(left.state_dict()[name], value) for name, value in right.state_dict().items())
-
-
-class Killed(Exception):
-    pass
-
-
-def killer(after):
-    def progress(done, total):
-        if done == after:
-            raise Killed
-
-    return progress
+from mpdeploy.pruning.patterns import bad_groups
+from mpdeploy.tuning import checkpoint, distillation_loss, learning_rate
 
 
 def test_tuning_brings_the_student_closer_to_the_teacher_and_keeps_the_pattern():

@@ -42,9 +42,7 @@ class Masks:
         searched = self.weights if every else {}
         self.shadows = {name: weight.detach().clone() for name, weight in searched.items()}
         # A dropped entry whose gradient always points one way ends at its layer's root mean square; noise stays lower.
-        self.scales = {
-            name: weight.detach()[self.masks[name]].square().mean().sqrt() for name, weight in searched.items()
-        }
+        self.scales = {name: _rms_of_kept(weight.detach(), self.masks[name]) for name, weight in searched.items()}
 
     @torch.no_grad()
     def open(self) -> None:
@@ -80,8 +78,9 @@ class Masks:
         return changed
 
     def _decay(self, name: str, rate: float) -> None:
-        shrunk = self.weights[name] * (1 - min(1.0, rate / float(self.scales[name].clamp_min(rate))))
-        self.weights[name].copy_(torch.where(self.masks[name], self.weights[name], shrunk))
+        weight = self.weights[name]
+        shrunk = weight * (1 - rate / self.scales[name].clamp_min(rate))
+        weight.copy_(torch.where(self.masks[name], weight, shrunk))
 
     def tensors(self) -> dict[str, Tensor]:
         """Every tensor that a resumed run needs; none where masks are never searched."""
@@ -99,6 +98,10 @@ class Masks:
                     if f"{kind}/{name}" in tensors:
                         own[name] = tensors[f"{kind}/{name}"].to(weight.device)
             self.shadows = {name: shadow for name, shadow in self.shadows.items() if f"shadow/{name}" in tensors}
+
+
+def _rms_of_kept(weight: Tensor, mask: Tensor) -> Tensor:
+    return (weight.square().sum() / mask.sum().clamp_min(1)).sqrt()
 
 
 def _projection(score: Tensor, pattern: Pattern) -> Tensor:

@@ -26,7 +26,7 @@ class Teacher:
     starts with nothing kept, computes the batch again that the unbroken run took it from, and gets the same bits.
 
     Args:
-        forward: images [b, C, H, W] -> logits [b, K] and features; without gradients.
+        forward: images [b, C, H, W] -> logits [b, K] and features.
         load: sample indices [b] and variants [b] -> images on the training device.
         course: what each step sees.
         team: who shares the work; every process keeps all logits.
@@ -53,8 +53,9 @@ class Teacher:
         """Whether logits are kept; certain from the first answer on."""
         return self._keeps
 
+    @torch.no_grad()
     def outputs(self, step: int, images: Tensor, classes: int) -> Outputs:
-        """Return float32 logits [b, classes] and features of this process's rows of a 0-based step.
+        """Return, without gradients, float32 logits [b, classes] and features of this process's rows of a 0-based step.
 
         Args:
             step: the step.

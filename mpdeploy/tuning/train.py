@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import math
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -297,8 +298,13 @@ def _train(run: _Run, teacher: nn.Module, loop: _Loop) -> None:
         run.blocks = find_blocks(teacher, loop.one())
     tapped = [Tapped(network, run.blocks) for network in (run.student, teacher)]
     try:
-        with torch.random.fork_rng(devices=[loop.device] if loop.device.type == "cuda" else []):
-            dense = Teacher(torch.no_grad()(tapped[1]), loop.load, loop.course, loop.team, features=bool(run.blocks))
+        with (
+            torch.random.fork_rng(devices=[loop.device] if loop.device.type == "cuda" else []),
+            warnings.catch_warnings(),
+        ):
+            # A parameter with an axis of length 1 makes DistributedDataParallel guess that it will be slow.
+            warnings.filterwarnings("ignore", "Grad strides do not match")
+            dense = Teacher(tapped[1], loop.load, loop.course, loop.team, features=bool(run.blocks))
             _steps(run, _shared(tapped[0], loop), dense, loop)
     finally:
         for network in tapped:
