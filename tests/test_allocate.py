@@ -178,6 +178,21 @@ def test_sensitivities_turn_energies_into_one_unit():
     assert al.by_error(candidates, {"a": 2.0, "b": 0.1}) == {("a", "2:4"): 20.0, ("b", "2:4"): 10.0}
 
 
+def test_sensitivities_pool_what_was_measured():
+    candidates = [
+        Candidate("a", "", 4, 0.0, 0.0), Candidate("a", "12:16", 3, 0.1, 1.0), Candidate("a", "2:4", 2, 0.3, 3.0),
+        Candidate("b", "", 4, 0.0, 0.0), Candidate("b", "2:4", 2, 0.3, 5.0),
+        Candidate("head", "", 4, 0.0, 0.0),
+    ]  # fmt: skip
+    moved = {("a", "12:16"): 0.5, ("a", "2:4"): 1.5, ("b", "2:4"): 1.0}
+    assert al.sensitivities(candidates, moved) == {"a": 0.5, "b": 0.2, "head": 0.0}
+    assert al.by_error(candidates, al.sensitivities(candidates, moved))["b", "2:4"] == 1.0
+    del moved["a", "2:4"]
+    assert al.sensitivities(candidates, moved)["a"] == 0.5
+    with pytest.raises(StageFailed, match="a pattern of layer 'b'"):
+        al.sensitivities(candidates, {("a", "2:4"): 1.0})
+
+
 def test_slack_is_the_quantile_of_the_share_of_the_margins():
     candidates = two_layers({"a": 0.1, "b": 0.1})
     margins = np.array([2.0, 4.0, 0.0, 8.0])
