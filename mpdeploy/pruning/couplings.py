@@ -41,7 +41,8 @@ class Coupling:
 
     Args:
         name: readable, "blocks.0.mlp.fc1 -> blocks.0.mlp.fc2".
-        kind: "residual", "attention value", "concatenated", "hidden" (into a linear), "bottleneck" (into a convolution).
+        kind: "residual", "attention value", "concatenated", or else "hidden" (into a linear layer) and "bottleneck"
+            (into a convolution).
         size: number of channels.
         blocks: channels may move only inside each of this many equal consecutive blocks (attention heads); the order
             may differ from block to block.
@@ -116,13 +117,18 @@ class _Places:
                 self.axes.append((stored.name, axis))
         self.weights = {consumer.weight: consumer for consumer in walk.consumers}
 
+    def axis_of(self, row: Ints) -> tuple[str, int]:
+        """Tensor and axis that a table's row lies on."""
+        return self.axes[int(self.owner[row[0]])]
+
     def member(self, row: Ints) -> Member:
         """The member of a table's row, whose channels are in order."""
-        tensor, axis = self.axes[self.owner[row[0]]]
+        tensor, axis = self.axis_of(row)
         return Member(tensor, axis, int(self.position[row].min()))
 
     def is_consumer(self, row: Ints) -> bool:
-        tensor, axis = self.axes[self.owner[row[0]]]
+        """Whether a table's row lies on the input axis of a layer."""
+        tensor, axis = self.axis_of(row)
         return axis == 1 and tensor in self.weights
 
     def ordered(self, table: Ints) -> Ints | None:
@@ -135,7 +141,7 @@ class _Places:
         ordered = self.ordered(table)
         for row in table if ordered is None else ordered:
             if not bool((np.diff(self.position[row]) == 1).all()):
-                return self.axes[self.owner[row[0]]][0]
+                return self.axis_of(row)[0]
         return ""
 
 

@@ -16,7 +16,6 @@ import numpy as np
 import torch
 from torch import Tensor, fx
 
-from mpdeploy.pruning.capture import CONV2D, LINEAR
 from mpdeploy.pruning.families import FROZEN, Families, Ints, Track
 
 CONSTANT = -1  # number of an entry that no tensor of the state dict holds
@@ -200,6 +199,7 @@ class Walk:
             return Value(shape, stored=name, why=self.stored[name].fixed)
         if node.op == "placeholder":
             return Value(self._shape(node.meta["val"]), why="they are the channels of the image itself")
+        self.node = node
         arguments = fx.node.map_arg((node.args, node.kwargs), lambda used: self.values[used])
         if node.op == "output":
             self._stop(arguments, "they are the network's outputs")
@@ -278,7 +278,8 @@ class Walk:
                     tracks.append(track)
         for value in stored:
             self._meet_stored(tracks, value, ndim)
-        return Value(shape, tuple(tracks), why=next((value.why for value in moving if value.why), ""))
+        why = next((value.why for value in moving if value.why), "") if not tracks else ""
+        return Value(shape, tuple(tracks), why=why)
 
     def _apart(self, one: Track, other: Track) -> bool:
         families = [set(self.families.family[track.element.ravel()].tolist()) for track in (one, other)]
@@ -401,6 +402,9 @@ class Walk:
     def _op_dropout(self, named: Mapping[str, Any], shape: tuple[int, ...]) -> Value | None:
         return None if named["train"] else self.pointwise([named["input"]], shape)
 
+    def _op_glu(self, named: Mapping[str, Any], shape: tuple[int, ...]) -> Value:
+        return self.pointwise(self._op_split({**named, "chunks": 2}, shape), shape)
+
     def _op_prelu(self, named: Mapping[str, Any], shape: tuple[int, ...]) -> Value:
         slope = self.reshape(named["weight"], (*named["weight"].shape, *[1] * (len(shape) - 2)))
         return self.pointwise([named["self"], slope], shape)
@@ -426,7 +430,7 @@ class Walk:
         out = self._computed(value, weight, "linear", len(value.shape) - 1, shape)
         if out is None:
             self._consumer(weight, "linear")
-            before = self.reshape(value, (*value.shape[:-1], 1, value.shape[-1]))
+            before = self.reshape(_explained(value), (*value.shape[:-1], 1, value.shape[-1]))
             held = _padded(self._weight(weight, columns=True), len(before.shape))
             out = self.contract(before, held, len(shape), shape)
         bias = named.get("bias")
@@ -444,7 +448,8 @@ class Walk:
         self._consumer(weight, "conv2d")
         images, inputs = value.shape[:2]
         # The sum over the kernel's positions neither moves channels nor mixes their order.
-        before = replace(self.reshape(value, (images, 1, *value.shape[1:])), shape=(images, 1, inputs, 1, 1))
+        before = self.reshape(_explained(value), (images, 1, *value.shape[1:]))
+        before = replace(before, shape=(images, 1, inputs, 1, 1))
         held = self._weight(weight, columns=True)
         return self.contract(before, self.reshape(held, (1, *held.shape, 1, 1)), 2, shape)
 
@@ -471,12 +476,23 @@ class Walk:
         """The output of a layer whose weight is not a stored one, which fixes its inputs; None if it is stored."""
         if weight.stored:
             return None
-        for name in self._sources(weight):
+        behind = list(self._weights_behind(self.node.args[1]))
+        for name in [name for name in behind if name.endswith(".weight")] or behind:
             refused = "Its weight is computed from the stored one."
             self.consumers.append(Consumer(layer_name(name), name, kind, refused))
         self._freeze(value.tracks, "they enter a layer whose weight is computed")
         self._fix(weight)
         return Value(shape, why="they come out of a layer whose weight is computed")
+
+    def _weights_behind(self, weight: Any) -> Iterator[str]:
+        """Names of the stored tensors of two axes or more that a weight is computed from."""
+        waiting, seen = [weight], set()
+        while waiting:
+            node = waiting.pop()
+            if node.op == "get_attr" and len(self.values[node].shape) > 1 and str(node.target) in self.stored:
+                yield str(node.target)
+            seen.add(node)
+            waiting += [source for source in node.all_input_nodes if source not in seen]
 
     def _op_matmul(self, named: Mapping[str, Any], shape: tuple[int, ...]) -> Value | None:
         left, right = self._fix(named["self"]), self._fix(named["other"] if "other" in named else named["mat2"])
@@ -487,7 +503,10 @@ class Walk:
         # [.., m, k, 1] * [.., 1, k, n], summed over k
         left = self.reshape(left, (*left.shape, 1))
         right = self.reshape(right, (*right.shape[:-2], 1, *right.shape[-2:]))
-        return self.contract(left, right, rank - 1, shape)
+        out = self.contract(left, right, rank - 1, shape)
+        # Scores have no channels left; what a product of two activations still carries are attention values.
+        self.attended += [track.element.ravel() for track in out.tracks]
+        return out
 
     _op_bmm = _op_mm = _op_matmul
 
@@ -503,10 +522,7 @@ class Walk:
             weights = self.pointwise([weights, self._fix(named["attn_mask"])], scores)
         if weights is None:
             return None
-        out = self._op_matmul({"self": self.normalise(weights, [-1]), "other": value}, shape)
-        if out is not None:
-            self.attended += [track.element.ravel() for track in out.tracks]
-        return out
+        return self._op_matmul({"self": self.normalise(weights, [-1]), "other": value}, shape)
 
     # --- views -------------------------------------------------------------------------------------------------------
 
@@ -519,8 +535,12 @@ class Walk:
             if value.stored and shape == value.shape:
                 return value
             return Value(shape, entries=self._entries(value).reshape(shape), why=value.why)
-        tracks = [_reshaped(track, value.shape, shape) for track in value.tracks]
-        return Value(shape, tuple(t for t in tracks if t.axes), why=value.why)
+        tracks = [track for track in (_reshaped(t, value.shape, shape) for t in value.tracks) if track.axes]
+        moving = [axis for track in tracks for axis in track.axes]
+        if len(moving) > len(set(moving)):
+            self._freeze(tracks, f"they share an axis with other channels in {self.doing}")
+            return Value(shape)
+        return Value(shape, tuple(tracks), why=value.why)
 
     def _moved(self, value: Value, move: Callable[[Ints], Ints], shape: tuple[int, ...]) -> Value:
         """Apply a view to each of the value's arrays; entries that go are told apart from those that stay."""
@@ -570,7 +590,7 @@ class Walk:
         shape = value.shape[:axis] + value.shape[axis + 1 :]
 
         def take(array: Ints) -> Ints:
-            return np.take(array, 0 if array.shape[axis] == 1 else index, axis=axis)
+            return array[(slice(None),) * axis + (0 if array.shape[axis] == 1 else index,)]
 
         return self._moved(value, take, shape)
 
@@ -606,7 +626,7 @@ class Walk:
         return self._moved(named["self"], lambda array: np.roll(array, named["shifts"], axes), shape)
 
     def _op_flip(self, named: Mapping[str, Any], shape: tuple[int, ...]) -> Value:
-        axes = [axis % len(shape) for axis in named["dims"]]
+        axes = tuple(axis % len(shape) for axis in named["dims"])
         return self._moved(named["self"], lambda array: np.flip(array, axes), shape)
 
     def _op_pad(self, named: Mapping[str, Any], shape: tuple[int, ...]) -> Value:
@@ -669,6 +689,11 @@ class Walk:
         return Track(np.concatenate(elements, axis=axis), np.concatenate(spots, axis=axis))
 
 
+def _explained(value: Value) -> Value:
+    """A layer's input with a reason should its channels turn out to have a fixed order."""
+    return replace(value, why=value.why or "they aren't channels of another layer, but positions or computed numbers")
+
+
 def _moves(parts: Sequence[Value], axis: int) -> bool:
     return any(axis in track.axes for value in parts for track in value.tracks)
 
@@ -677,7 +702,7 @@ def _concrete(size: Any) -> Any:
     """A size as an integer, with BATCH images; other things as they are."""
     if isinstance(size, torch.SymInt):
         expression = size.node.expr
-        return int(expression.subs({symbol: BATCH for symbol in expression.free_symbols}))
+        return int(expression.subs(dict.fromkeys(expression.free_symbols, BATCH)))
     return size
 
 
