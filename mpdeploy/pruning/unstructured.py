@@ -78,7 +78,7 @@ def seb_weights(spectra: Mapping[str, Spectrum], sparsity: float, *, signal: str
     Where this deviates from the source: above 55 % it ranks layers by their kind, which says something in networks of
     attention and MLP only, so any other network goes on with the edge (at the last row's beta and s_d). Signals without
     variation give w_l = 1. On the quickstart network the edge is better than the kind there too (97.6 against 96.2 % of
-    2,000 labels kept at 60 %), and dividing by each layer's standard deviation, without any law, about as good (97.5 %).
+    2,000 labels kept at 60 %), and dividing by each layer's standard deviation, without any law, as good (97.5 %).
 
     Args:
         spectra: the fitted spectrum of each layer.
