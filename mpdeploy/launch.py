@@ -119,10 +119,10 @@ def _give(order: Mapping[str, Any] | None) -> int:
 
 def _obey(order: Mapping[str, Any], store: "Store", turn: int) -> bool:
     """Do what is ordered; if that fails, tell process 0 why, before the connections close, and return False."""
-    from mpdeploy.stages.tune import obey
-
     with _group(store, turn):
         try:
+            from mpdeploy.stages.tune import obey
+
             obey(order)
         except Exception as error:  # noqa: BLE001 - process 0 raises it
             # Later failures follow from the first.

@@ -1,11 +1,11 @@
-"""`distil`: the loop over the steps, and everything that changes from one to the next."""
+"""`distil`: the loop over the steps."""
 
 import contextlib
 import hashlib
 import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,18 +16,17 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
-from mpdeploy.artifact import dumps
-from mpdeploy.errors import RecipeError, StageFailed
+from mpdeploy.errors import StageFailed
 from mpdeploy.pruning.patterns import Pattern
 from mpdeploy.tuning.checkpoint import Folder
 from mpdeploy.tuning.features import Tapped, find_blocks
 from mpdeploy.tuning.loss import distillation_loss, feature_loss
 from mpdeploy.tuning.masks import Masks, check_masks, check_search
+from mpdeploy.tuning.run import Run
 from mpdeploy.tuning.samples import Course, Indices, learning_rate
+from mpdeploy.tuning.settings import Settings, check_settings, identity_of
 from mpdeploy.tuning.teacher import Teacher
 from mpdeploy.tuning.team import Team, digest_of
-
-PRECISIONS = ("fp32", "bf16")
 
 Load = Callable[[Indices, Indices], Tensor]
 Progress = Callable[[int, int], None]
@@ -55,102 +54,10 @@ class TuneHistory:
 
 
 @dataclass(frozen=True)
-class _Settings:
-    """What decides the result, beside the networks, the samples and their course."""
-
-    lr: float
-    temperature: float
-    hard_weight: float
-    feature_weight: float
-    weight_decay: float
-    ema: float
-    refresh: int
-    precision: str
-
-
-class _Run:
-    """All that changes from step to step: the student, its masks, its optimiser, the moving average, the history."""
-
-    def __init__(self, student: nn.Module, masks: Masks, settings: _Settings, team: Team) -> None:
-        parameters = list(student.parameters())
-        groups = [
-            {"params": [value for value in parameters if value.ndim >= 2], "weight_decay": settings.weight_decay},
-            {"params": [value for value in parameters if value.ndim < 2], "weight_decay": 0.0},
-        ]
-        self.student = student
-        self.masks = masks
-        self.ema = settings.ema
-        self.optimizer = torch.optim.AdamW(groups, lr=settings.lr)
-        # The average follows from the weights, which all processes share: one keeps it.
-        named = student.named_parameters() if settings.ema and team.rank == 0 else ()
-        self.average = {name: value.detach().clone() for name, value in named}
-        self.losses: list[float] = []
-        self.refreshes: list[tuple[int, int]] = []
-        self.blocks: tuple[str, ...] = ()
-
-    def update(self, loss: float, rate: float) -> None:
-        """Take the optimiser step of the gradients that are there, at the learning rate `rate`."""
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        self.losses.append(loss)
-        self.masks.open()
-        self.optimizer.step()
-        changed = self.masks.close(len(self.losses), rate, self.optimizer)
-        if changed:
-            # As many leave as enter where a group was full.
-            self.refreshes.append(
-                (len(self.losses), sum(int((c & self.masks.masks[n]).sum()) for n, c in changed.items()))
-            )
-        self._follow(changed)
-
-    @torch.no_grad()
-    def _follow(self, changed: Mapping[str, Tensor]) -> None:
-        """Move the average towards the weights; where a mask changed it starts anew, so that it obeys the mask too."""
-        parameters = dict(self.student.named_parameters())
-        for name, value in self.average.items():
-            value.lerp_(parameters[name], 1 - self.ema)
-            moved = changed.get(name.removesuffix(".weight"))
-            if moved is not None and name.endswith(".weight"):
-                value.copy_(torch.where(moved, parameters[name], value))
-
-    def tensors(self) -> dict[str, Tensor]:
-        """Every tensor that a resumed run needs, by name, on the CPU."""
-        found = {f"student/{name}": value for name, value in self.student.state_dict().items()}
-        found |= {f"average/{name}": value for name, value in self.average.items()}
-        found |= self.masks.tensors()
-        for name, parameter in self.student.named_parameters():
-            for key, value in self.optimizer.state.get(parameter, {}).items():
-                found[f"adamw/{key}/{name}"] = value
-        # Cloned, because tied parameters share storage, which safetensors refuses.
-        return {name: value.detach().cpu().contiguous().clone() for name, value in found.items()}
-
-    def history(self) -> dict[str, Any]:
-        """What a resumed run needs beside tensors, as JSON values."""
-        return {"losses": self.losses, "refreshes": self.refreshes, "blocks": self.blocks}
-
-    def adopt(self, tensors: Mapping[str, Tensor], history: Any) -> None:
-        """Go on from what `tensors` and `history` returned."""
-        state = {name.removeprefix("student/"): value for name, value in tensors.items() if name.startswith("student/")}
-        self.student.load_state_dict(state)
-        for name in self.average:
-            self.average[name].copy_(tensors[f"average/{name}"])
-        self.masks.adopt(tensors)
-        for name, parameter in self.student.named_parameters():
-            for key in ("step", "exp_avg", "exp_avg_sq"):
-                value = tensors.get(f"adamw/{key}/{name}")
-                if value is not None:
-                    # AdamW keeps its step counter on the CPU whatever the parameter's device.
-                    self.optimizer.state[parameter][key] = value.to("cpu" if key == "step" else parameter.device)
-        self.losses = list(history["losses"])
-        self.refreshes = [(step, count) for step, count in history["refreshes"]]
-        self.blocks = tuple(history["blocks"])
-
-
-@dataclass(frozen=True)
 class _Loop:
     """What stays the same from step to step."""
 
-    settings: _Settings
+    settings: Settings
     course: Course
     team: Team
     load: Load
@@ -232,9 +139,9 @@ def distil(
             out, the processes disagree, or the checkpoint belongs to another run.
         CorruptArtifact: the checkpoint's files are not what was written.
     """
-    settings = _Settings(lr, temperature, hard_weight, feature_weight, weight_decay, ema, refresh, precision)
+    settings = Settings(lr, temperature, hard_weight, feature_weight, weight_decay, ema, refresh, precision)
     course = Course(len(labels), batch, epochs, seed, flip)
-    _check_settings(settings, course, checkpoint_every)
+    check_settings(settings, course, checkpoint_every)
     if epochs == 0:
         return TuneHistory((), (), 0, None)
     if not len(labels):
@@ -243,14 +150,14 @@ def distil(
     until, patterns = min(course.per_epoch, course.steps // 2), patterns or {}
     check_search(refresh, until, masks, patterns)
     team, place = Team.current(), torch.device(device)
-    identity = _identity(settings, course, student, masks, labels)
+    identity = identity_of(settings, course, student, masks, labels)
     folder = Folder(checkpoint, identity) if checkpoint else None
     load = _loader(images, place)
     loop = _Loop(settings, course, team, load, labels, place, folder, checkpoint_every, progress)
     homes = [next(network.parameters()).device for network in (student, teacher)]
     try:
         student.to(place), teacher.to(place)
-        run = _Run(student, Masks(student, masks, patterns, refresh, until), settings, team)
+        run = Run(student, Masks(student, masks, patterns, refresh, until), settings, team)
         resumed_at = _resume(run, loop, identity)
         with _memory_errors_named(batch):
             _train(run, teacher, loop)
@@ -275,7 +182,7 @@ def _loader(images: Callable[[NDArray[np.int64]], Tensor], device: torch.device)
     return load
 
 
-def _resume(run: _Run, loop: _Loop, identity: str) -> int | None:
+def _resume(run: Run, loop: _Loop, identity: str) -> int | None:
     """Bring a run to where its checkpoint left it; return the steps done, or None where there is no checkpoint."""
     found = loop.folder.load() if loop.folder else None
     if found:
@@ -285,7 +192,7 @@ def _resume(run: _Run, loop: _Loop, identity: str) -> int | None:
     return resumed_at
 
 
-def _train(run: _Run, teacher: nn.Module, loop: _Loop) -> None:
+def _train(run: Run, teacher: nn.Module, loop: _Loop) -> None:
     """Take the steps that are left, if any."""
     if len(run.losses) == loop.course.steps:
         return
@@ -329,7 +236,7 @@ def _leaves_some_unused(network: nn.Module, image: Tensor) -> bool:
     return any(part is None for part in torch.autograd.grad(logits.sum(), parameters, allow_unused=True))
 
 
-def _steps(run: _Run, student: nn.Module, teacher: Teacher, loop: _Loop) -> None:
+def _steps(run: Run, student: nn.Module, teacher: Teacher, loop: _Loop) -> None:
     total = loop.course.steps
     for step in range(len(run.losses), total):
         some, variants = loop.course.at(step)
@@ -370,7 +277,7 @@ def _loss(
     return loss + settings.feature_weight * feature_loss(features, goals) if features else loss
 
 
-def _finish(run: _Run, team: Team) -> None:
+def _finish(run: Run, team: Team) -> None:
     """Put the moving average in place and check what will be handed on."""
     if team.size > 1:
         team.agree("weights after tuning", digest_of(run.student.state_dict()))
@@ -401,36 +308,3 @@ def _memory_errors_named(batch: int) -> Iterator[None]:
             f"Memory ran out while tuning with batches of {batch}.",
             hint="lower tune.batch, or let several GPUs share it under torchrun.",
         ) from error
-
-
-def _check_settings(settings: _Settings, course: Course, checkpoint_every: int) -> None:
-    """Refuse settings out of range; written so that NaN is out of range."""
-    demands = {
-        "epochs must be at least 0": course.epochs >= 0,
-        "lr must be a positive number": 0 < settings.lr < math.inf,
-        "batch must be at least 1": course.batch >= 1,
-        "seed must be at least 0": course.seed >= 0,
-        "temperature must be a positive number": 0 < settings.temperature < math.inf,
-        "hard_weight must lie in [0, 1]": 0 <= settings.hard_weight <= 1,
-        "feature_weight must be a number of at least 0": 0 <= settings.feature_weight < math.inf,
-        "weight_decay must be a number of at least 0": 0 <= settings.weight_decay < math.inf,
-        "ema must lie in [0, 1)": 0 <= settings.ema < 1,
-        "refresh must be at least 0": settings.refresh >= 0,
-        f"precision must be {' or '.join(PRECISIONS)}": settings.precision in PRECISIONS,
-        "checkpoint_every must be at least 1": checkpoint_every >= 1,
-    }
-    broken = [demand for demand, met in demands.items() if not met]
-    if broken:
-        raise RecipeError(f"Tuning can't start: {'; '.join(broken)}.")
-
-
-def _identity(
-    settings: _Settings, course: Course, student: nn.Module, masks: Mapping[str, Tensor], labels: NDArray[np.int64]
-) -> str:
-    """Hex SHA-256 of what a checkpoint must agree with: settings, starting weights, masks, labels, torch's version.
-
-    The number of processes is no part of it: a run killed on four may go on with one.
-    """
-    asked = {**asdict(settings), **asdict(course), "torch": torch.__version__}
-    parts = [dumps(asked), digest_of(student.state_dict()), digest_of(masks)]
-    return hashlib.sha256("\n".join(parts).encode() + np.ascontiguousarray(labels).tobytes()).hexdigest()
