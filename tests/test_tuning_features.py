@@ -142,6 +142,18 @@ def test_bfloat16_on_the_cpu_stays_close_and_keeps_float32_weights():
     assert (usable_precision("auto", "cpu"), usable_precision("bf16", "cpu")) == ("fp32", "bf16")
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+def test_bfloat16_on_the_gpu_stays_close_to_float32_on_the_cpu():
+    full, teacher, masks = chain()
+    tune(full, teacher, masks)
+    half, _, _ = chain()
+    tune(half, teacher, masks, precision="bf16", device="cuda")
+    assert next(half.parameters()).device.type == "cpu"
+    error, size = (logits(half) - logits(full)).norm(), (logits(full) - logits(chain()[0])).norm()
+    assert error < 0.2 * size
+
+
 def masks_after(student, masks):
     return {name: student.get_submodule(name).weight != 0 for name in masks}
 
@@ -169,6 +181,16 @@ def test_masks_move_in_the_first_epoch_only_and_the_pattern_holds_at_every_check
     assert equal(at[5], at[6]) and equal(at[6], at[14])
     assert equal(at[14], masks_after(student, masks))
     assert all(bad_groups(student.get_submodule(name).weight, PATTERN) == 0 for name in masks)
+
+
+def test_masks_of_convolutions_move_along_input_channels():
+    student, teacher, masks = networks("resnet10t")
+    pixels = torch.randn(SAMPLES, 3, 32, 32, generator=torch.Generator().manual_seed(2))
+    history = tune(student, teacher, masks, refresh=1, images=lambda some: pixels[some])
+    assert len(history.refreshes) == 5
+    weights = {name: student.get_submodule(name).weight for name in masks}
+    assert any(weight.ndim == 4 and bool((weight[~masks[name]] != 0).any()) for name, weight in weights.items())
+    assert all(bad_groups(weight, PATTERN) == 0 for weight in weights.values())
 
 
 def test_a_useless_mask_is_mended():
