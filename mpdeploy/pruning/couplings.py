@@ -148,7 +148,7 @@ class _Places:
 def _coupling(walk: Walk, locate: _Places, table: Ints) -> Coupling | None:
     """The coupling of one family; None if no layer takes its channels in."""
     ordered = locate.ordered(table)
-    if ordered is None:
+    if ordered is None or table.shape[1] < 2:
         return None
     rank = {consumer.weight: place for place, consumer in enumerate(walk.consumers)}
     last = len(rank)

@@ -69,6 +69,7 @@ class Stored:
         shape: its sizes.
         offset: number of its first entry, counted through all stored tensors.
         fixed: why it may not be permuted, "" while it may.
+        twins: other names of the same storage.
         elements: by axis, the elements along it.
     """
 
@@ -76,6 +77,7 @@ class Stored:
     shape: tuple[int, ...]
     offset: int
     fixed: str = ""
+    twins: Sequence[str] = ()
     elements: dict[int, Ints] = field(default_factory=dict)
 
 
@@ -143,7 +145,7 @@ class Walk:
                 fixed = f"{name} is stored a second time, as {twins[0]}"
             elif uses.get(name, 0) > 1:
                 fixed = f"{name} is used by {uses[name]} operations"
-            self.stored[name] = Stored(name, tuple(tensor.shape), offset, fixed)
+            self.stored[name] = Stored(name, tuple(tensor.shape), offset, fixed, twins)
             self.offsets.append(offset)
             self.names.append(name)
             offset += max(1, tensor.numel())
@@ -216,7 +218,7 @@ class Walk:
         self.doing = f"the operation {name}"
         named = _by_name(node, args, kwargs)
         shape = self._shape(val) if isinstance(val, Tensor) else ()
-        rule = getattr(self, f"_op_{name}", None)
+        rule = getattr(self, f"_op_{name.lower()}", None)
         if name in MADE or not _in_tensors(args, kwargs):
             return Value(shape) if isinstance(val, Tensor) else self._unknown((), {}, val, "")
         result = None
@@ -470,7 +472,8 @@ class Walk:
     def _consumer(self, weight: Value, kind: str, refused: str = "") -> None:
         if self.stored[weight.stored].fixed:
             refused = refused or f"The order of its inputs is fixed: {self.stored[weight.stored].fixed}."
-        self.consumers.append(Consumer(layer_name(weight.stored), weight.stored, kind, refused))
+        for name in (weight.stored, *self.stored[weight.stored].twins):
+            self.consumers.append(Consumer(layer_name(name), name, kind, refused))
 
     def _computed(self, value: Value, weight: Value, kind: str, axis: int, shape: tuple[int, ...]) -> Value | None:
         """The output of a layer whose weight is not a stored one, which fixes its inputs; None if it is stored."""
@@ -563,6 +566,9 @@ class Walk:
     def _op_transpose(self, named: Mapping[str, Any], shape: tuple[int, ...]) -> Value:
         return self._transposed(named["self"], named["dim0"] % len(shape), named["dim1"] % len(shape))
 
+    def _op_mt(self, named: Mapping[str, Any], shape: tuple[int, ...]) -> Value:
+        return self._transposed(named["self"], len(shape) - 2, len(shape) - 1)
+
     def _op_t(self, named: Mapping[str, Any], shape: tuple[int, ...]) -> Value:
         return self._transposed(named["self"], 0, len(shape) - 1)
 
@@ -573,6 +579,11 @@ class Walk:
         return replace(_padded(value, len(shape)), shape=shape)
 
     _op_expand_as = _op_expand
+
+    def _op_repeat(self, named: Mapping[str, Any], shape: tuple[int, ...]) -> Value:
+        value, repeats = _padded(self._fix(named["self"]), len(shape)), named["repeats"]
+        repeated = {axis for axis, times in enumerate(repeats) if times != 1}
+        return replace(self._stopped_along(value, repeated, "they are repeated"), shape=shape)
 
     def _op_slice(self, named: Mapping[str, Any], shape: tuple[int, ...]) -> Value:
         axis = named.get("dim", 0) % len(shape)
@@ -631,22 +642,22 @@ class Walk:
 
     def _op_pad(self, named: Mapping[str, Any], shape: tuple[int, ...]) -> Value:
         value, padding = self._fix(named["self"]), named["pad"]
-        padded = [len(shape) - 1 - i for i in range(len(padding) // 2) if any(padding[2 * i : 2 * i + 2])]
-        for track in value.tracks:
-            if set(track.axes) & set(padded):
-                self._freeze([track], "they are padded with others")
-        return Value(shape, tuple(t for t in value.tracks if not set(t.axes) & set(padded)), why=value.why)
+        padded = {len(shape) - 1 - i for i in range(len(padding) // 2) if any(padding[2 * i : 2 * i + 2])}
+        return replace(self._stopped_along(value, padded, "they are padded with others"), shape=shape)
 
     _op_constant_pad_nd = _op_pad
 
     def _only_channels(self, value: Value) -> Value:
         """Freeze what moves along the last two axes, as a window slides over them."""
-        value = self._fix(value)
         last = {len(value.shape) - 2, len(value.shape) - 1}
-        for track in value.tracks:
-            if set(track.axes) & last:
-                self._freeze([track], f"they lie along image rows or columns in {self.doing}")
-        return replace(value, tracks=tuple(t for t in value.tracks if not set(t.axes) & last))
+        return self._stopped_along(self._fix(value), last, f"they lie along image rows or columns in {self.doing}")
+
+    def _stopped_along(self, value: Value, axes: set[int], why: str) -> Value:
+        """Freeze what moves along some axes."""
+        stopped = [track for track in value.tracks if set(track.axes) & axes]
+        self._freeze(stopped, why)
+        kept = tuple(track for track in value.tracks if not set(track.axes) & axes)
+        return replace(value, tracks=kept, why=why if stopped else value.why)
 
     def _op_stack(self, named: Mapping[str, Any], shape: tuple[int, ...]) -> Value:
         axis = named.get("dim", 0) % len(shape)
