@@ -73,8 +73,9 @@ def crew(order: Mapping[str, Any]) -> Iterator[None]:
     _wait_for_all(store)
     turn = _give(order)
     try:
-        with _group(store, turn):
-            yield
+        _join(store, turn)
+        yield
+        dist.destroy_process_group()
     except (RuntimeError, dist.DistError) as error:
         if store.check([f"failed/{turn}"]):
             raise _read_error(store.get(f"failed/{turn}")) from error
@@ -118,17 +119,20 @@ def _give(order: Mapping[str, Any] | None) -> int:
 
 
 def _obey(order: Mapping[str, Any], store: "Store", turn: int) -> bool:
-    """Do what is ordered; if that fails, tell process 0 why, before the connections close, and return False."""
-    with _group(store, turn):
-        try:
-            from mpdeploy.stages.tune import obey
+    """Do what is ordered; if that fails, tell process 0 why and return False."""
+    import torch.distributed as dist
 
-            obey(order)
-        except Exception as error:  # noqa: BLE001 - process 0 raises it
-            # Later failures follow from the first.
-            if store.add(f"failures/{turn}", 1) == 1:
-                store.set(f"failed/{turn}", _written_error(error))
-            return False
+    try:
+        from mpdeploy.stages.tune import obey
+
+        _join(store, turn)
+        obey(order)
+    except Exception as error:  # noqa: BLE001 - process 0 raises it
+        # Later failures follow from the first. Leaving the group could wait for the others, ending the process can't.
+        if store.add(f"failures/{turn}", 1) == 1:
+            store.set(f"failed/{turn}", _written_error(error))
+        return False
+    dist.destroy_process_group()
     return True
 
 
@@ -154,9 +158,8 @@ def _wait_for_all(store: "Store") -> None:
         ) from error
 
 
-@contextlib.contextmanager
-def _group(store: "Store", turn: int) -> Iterator[None]:
-    """Hold a process group of all processes; CPU tensors go by gloo, GPU tensors by NCCL where there are GPUs."""
+def _join(store: "Store", turn: int) -> None:
+    """Enter a process group of all processes; CPU tensors go by gloo, GPU tensors by NCCL where there are GPUs."""
     import torch
     import torch.distributed as dist
     from torch.distributed.distributed_c10d import PrefixStore
@@ -168,10 +171,6 @@ def _group(store: "Store", turn: int) -> Iterator[None]:
         world_size=world(),
         timeout=STEP,
     )
-    try:
-        yield
-    finally:
-        dist.destroy_process_group()
 
 
 def _written_error(error: Exception) -> str:
