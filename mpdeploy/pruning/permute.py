@@ -6,6 +6,9 @@ channel is taken out of every group at once, and all of them are put back in the
 scores of a row in place, a group that gets score x keeps a constant plus max(b, x), where b is the N-th largest of the
 others. The sum over rows is a matrix [groups, channels], and its best assignment is a linear assignment problem, solved
 exactly. An iteration thus finds the best of (number of groups)! rearrangements, and never loses.
+
+Up to a few hundred channels the swap search is a few times slower; its cost grows with the cube of their number, and
+tools/bench/permutation.py says how much faster this is on real layers.
 """
 
 from dataclasses import dataclass
@@ -19,6 +22,9 @@ from mpdeploy.pruning.patterns import Pattern
 
 CACHED = 1 << 17  # entries that one comparison writes: half a MiB, which stays in a core's cache
 STALLED = 1e-5  # a round that gains less than this share of the kept score is the last
+TOGETHER = (
+    192  # most groups in one assignment: its cost grows with their cube. More are parted by chance, each time anew.
+)
 ROUNDING = 1e-7  # an assignment that gains less than this share may be no gain at all in float32
 
 
@@ -67,7 +73,8 @@ def search(score: Tensor, pattern: Pattern, *, blocks: int = 1, iterations: int,
         if slot == 0:
             turns = torch.rand(groups.shape, generator=generator).argsort(dim=1).to(score.device)
             gained = 0.0
-        gained += _reassign(channels, groups, turns[:, slot], pattern, blocks, ROUNDING * kept)
+        parts = _parts(len(groups), blocks, generator)
+        gained += _reassign(channels, groups, turns[:, slot], pattern, parts, ROUNDING * kept)
         done += 1
         if slot == pattern.group - 1:
             kept += gained
@@ -110,8 +117,19 @@ def _largest(members: list[Tensor], count: int) -> list[Tensor]:
     return found
 
 
+def _parts(count: int, blocks: int, generator: torch.Generator) -> list[Tensor]:
+    """Part the groups of each block into as few and as equal parts as `TOGETHER` allows."""
+    size = count // blocks
+    pieces = -(-size // TOGETHER)
+    parts = []
+    for first in range(0, count, size):
+        mixed = torch.randperm(size, generator=generator) if pieces > 1 else torch.arange(size)
+        parts += [first + mixed[piece::pieces] for piece in range(pieces)]
+    return parts
+
+
 def _reassign(
-    channels: Tensor, groups: Tensor, slots: Tensor, pattern: Pattern, blocks: int, negligible: float
+    channels: Tensor, groups: Tensor, slots: Tensor, pattern: Pattern, parts: list[Tensor], negligible: float
 ) -> float:
     """Take one channel out of every group and put all of them back in the best way, in place; returns the gain.
 
@@ -120,7 +138,7 @@ def _reassign(
         groups: int64 [G, M], the channels of each group.
         slots: int64 [G], which channel of each group is taken out.
         pattern: the pattern.
-        blocks: of groups, each on its own.
+        parts: of the groups; each is reassigned on its own.
         negligible: a gain up to this is not taken.
     """
     every = torch.arange(len(groups), device=groups.device)
@@ -128,7 +146,7 @@ def _reassign(
     others = [channels[groups[every, (slots + turn) % pattern.group]] for turn in range(1, pattern.group)]
     bars, candidates = _largest(others, pattern.keep)[-1], channels[out]
     gained = 0.0
-    for part in every.reshape(blocks, -1):
+    for part in parts:
         worth = _worth(bars[part], candidates[part])
         # Only differences between groups matter; with each channel's best group at zero the solver is twice as fast.
         cost = (worth.max(dim=0).values - worth).cpu().numpy()
