@@ -8,6 +8,10 @@ hardest, while its text gives protected layers priority; the text is followed.
 In an N:M layer every slot of every group is paid for, so the reservoir is all that could fill a freed slot: entries
 that were over-pruned and entries that the pattern had dropped compete, and the pattern never breaks. `refill` fills
 free slots from the dense weights without any training.
+
+Measured on the quickstart network (124 steps in all, 31 of them for the reservoir, 2,000 images): from a 2:4 mask by
+weight times input, a cycle does not beat tuning the mask as it is (96.8 to 97.2 % of the labels kept against 97.2 %);
+from a poor mask, 1:4 by magnitude, the two are level (92.9 and 93.4 % against 93.0 %).
 Source: Berlyand, Bourdais, Owhadi, Shmalo, "Pruning deep neural networks via the Marchenko-Pastur distribution", 2026.
 """
 
