@@ -107,7 +107,7 @@ class _Places:
 
     def __init__(self, walk: Walk) -> None:
         self.walk = walk
-        count = len(walk.families.family)
+        count = walk.families.count
         self.owner, self.position = np.full(count, -1), np.full(count, -1)
         self.axes: list[tuple[str, int]] = []
         for stored in walk.stored.values():

@@ -66,20 +66,21 @@ class Families:
     def __init__(self) -> None:
         self.tables: dict[int, Ints] = {}
         self.reasons: list[str] = [""]
-        # Of each element: its family, its place and channel in the family's table, and why it is frozen.
-        self.family = np.zeros(1, dtype=np.int64)
-        self.place = np.zeros(1, dtype=np.int64)
-        self.channel = np.zeros(1, dtype=np.int64)
-        self.reason = np.zeros(1, dtype=np.int64)
+        self.count = 1
+        # Of each element: its family, its place and channel in the family's table, and why it is frozen. The arrays
+        # are longer than `count`, so that elements can be added.
+        self.family, self.place, self.channel, self.reason = (np.zeros(1 << 12, dtype=np.int64) for _ in range(4))
         self._next = 1
 
     def new(self, size: int) -> Ints:
         """Make `size` elements that form a family of one place."""
-        start = len(self.family)
-        elements = np.arange(start, start + size)
-        empty = np.zeros(size, dtype=np.int64)
-        self.family, self.place = np.append(self.family, empty), np.append(self.place, empty)
-        self.channel, self.reason = np.append(self.channel, empty), np.append(self.reason, empty)
+        elements = np.arange(self.count, self.count + size)
+        self.count += size
+        if self.count > len(self.family):
+            self.family, self.place, self.channel, self.reason = (
+                np.concatenate([array, np.zeros(self.count, dtype=np.int64)])
+                for array in (self.family, self.place, self.channel, self.reason)
+            )
         self._store(elements[None])
         return elements
 
@@ -103,7 +104,7 @@ class Families:
 
     def why(self, element: int) -> str:
         """Why the element is frozen, "" if it is not."""
-        return self.reasons[self.reason[element]]
+        return self.reasons[int(self.reason[element])]
 
     def refine(self, track: Track, label: Ints, reason: str) -> None:
         """Let channels move only among entries of one label; what is left alone is frozen for `reason`.
@@ -142,10 +143,11 @@ class Families:
         self.refine(track, np.zeros((), dtype=np.int64), reason)
 
     def _orbits(self, element: Ints, spot: Ints) -> Ints:
-        """A number per entry, equal where a permutation may bring one entry to the other; frozen entries stand alone."""
-        family = self.family[element]
-        alone = np.where(family == FROZEN, np.arange(len(element)), -1)
-        return np.unique(np.stack([family, self.place[element], spot, alone]), axis=1, return_inverse=True)[1].ravel()
+        """A number per entry, equal where a permutation may bring one to the other; frozen entries stand alone."""
+        family, place = self.family[element], self.place[element]
+        key = (family * (place.max() + 1) + place) * (spot.max() + 1) + spot
+        key = np.where(family == FROZEN, -1 - np.arange(len(element)), key)
+        return np.unique(key, return_inverse=True)[1]
 
     def align(self, one: Track, other: Track, reason: str) -> None:
         """Make two tracks of the same tensor move alike, merging the families that meet.
@@ -171,6 +173,7 @@ class Families:
             for t in (one, other)
         ]
         spots = [flat[i].spot * (int(np.prod(shape)) + 1) + np.broadcast_to(still[i], shape).ravel() for i in (0, 1)]
+        spots = [np.unique(spot, return_inverse=True)[1] for spot in spots]
         self._refine_each_other(flat, spots, reason)
         orbits = self._orbits(flat[0].element, spots[0])
         order = np.argsort(orbits, kind="stable")
@@ -204,7 +207,13 @@ class Families:
             self.freeze(left, reason)
             self.freeze(right, reason)
             return
-        table, added = self.tables.pop(family), self.tables.pop(other)
+        if len(self.tables[family]) < len(self.tables[other]):
+            family, other, left, right = other, family, right, left
+        table, added = self.tables[family], self.tables.pop(other)
         partner = np.empty(table.shape[1], dtype=np.int64)
         partner[self.channel[left]] = self.channel[right]
-        self._store(np.concatenate([table, added[:, partner]]))
+        added = added[:, partner]
+        self.tables[family] = np.concatenate([table, added])
+        self.family[added] = family
+        self.place[added] = len(table) + np.arange(len(added))[:, None]
+        self.channel[added] = np.arange(table.shape[1])
