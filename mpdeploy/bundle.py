@@ -35,6 +35,7 @@ PARTS = {
     "weights/tuned.safetensors": ("tune", "tuned.safetensors"),
     "spectra.safetensors": ("prune", "spectra.safetensors"),
     "macs.json": ("prune", "macs.json"),
+    "orders.json": ("prune", "orders.json"),
     "tune.json": ("tune", "tune.json"),
     "certificate.json": ("certify", "certificate.json"),
     "ledger.safetensors": ("certify", "ledger.safetensors"),

@@ -76,10 +76,21 @@ class Prune(Table):
     """Which weights become zero, and how the rest is refitted."""
 
     pattern: str = Field(description='N:M, at most N of M consecutive input channels kept: "2:4", "8:16", ...')
-    method: Literal["magnitude", "activation"] = Field(description="|w|, or |w| times the rms of its input.")
-    refit: bool = Field(True, description="Exact least squares of the kept weights, per row, and bias correction.")
-    damping: Annotated[float, Field(gt=0.0)] = Field(0.01, description="Ridge, times the Hessian's mean diagonal.")
-    passes: Count = Field(8, description="Chunks of layers; each sees inputs from the network as pruned so far.")
+    method: Literal["admm", "sparsegpt", "activation", "magnitude"] = Field(
+        "admm", description="How masks are chosen: ADMM, SparseGPT, |w| times the rms of its input, or |w|."
+    )
+    refit: bool = Field(True, description="Least squares of kept weights and biases to the dense network's outputs.")
+    damping: tuple[Annotated[float, Field(gt=0.0)], ...] = Field(
+        (0.03, 0.1), min_length=1, description="Ridges to choose from per layer, times the Hessian's mean diagonal."
+    )
+    precision: Literal["float32", "float64"] = Field("float32", description="Of the linear algebra.")
+    permute: Annotated[int, Field(ge=0)] = Field(
+        12, description="Iterations of the search for the best channel order, folded into the weights; 0 is off."
+    )
+    reconstruct: Annotated[int, Field(ge=0)] = Field(
+        0, description="Steps per block of block-wise reconstruction after the refit, without labels; 0 is off."
+    )
+    seed: Annotated[int, Field(ge=0)] = Field(0, description="Of the searches and of reconstruction's mini-batches.")
     skip: tuple[str, ...] = Field((), description="Layers left dense, as name patterns with * and ?.")
     keep_stem_dense: bool = True
     keep_head_dense: bool = True

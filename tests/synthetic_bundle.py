@@ -30,7 +30,6 @@ weights = "./quickstart.safetensors"
 
 [prune]
 pattern = "2:4"
-method = "activation"
 """
 
 

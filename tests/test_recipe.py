@@ -29,7 +29,7 @@ def test_all_mistakes_are_reported_at_once_with_the_nearest_key(tmp_path):
         lambda text: (
             text.replace('pattern = "2:4"', 'patern = "2:4"')
             .replace("epochs = 1", "epochs = 9")
-            .replace('method = "activation"', 'method = "activations"')
+            .replace('pattern = "2:4"', 'pattern = "2:4"\nmethod = "activations"')
             .replace("[certify]\nreserve = 0.01\n", "")
         ),
     )
@@ -100,7 +100,7 @@ def test_missing_file_and_broken_toml(tmp_path):
 
 def test_the_lock_says_every_default_and_round_trips():
     locked = load_recipe(QUICKSTART).written.locked()
-    assert locked["prune"]["damping"] == 0.01
+    assert locked["prune"]["damping"] == [0.03, 0.1]
     assert Recipe.model_validate_json(json.dumps(locked)).locked() == locked
 
 

@@ -22,9 +22,7 @@ calibration = 16
 certification = 8
 [prune]
 pattern = "2:4"
-method = "activation"
-passes = 4
-damping = 0.1
+damping = [0.1]
 [tune]
 epochs = 0
 [certify]

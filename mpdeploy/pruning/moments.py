@@ -1,150 +1,138 @@
-"""What the layers of a network really get as inputs: means and second moments, streamed over calibration images."""
+"""What a layer gets and what it should give: second moments, streamed over calibration images in bounded memory."""
 
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Iterator
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx
 from torch.nn import functional as F
 
-from mpdeploy.errors import StageFailed
-from mpdeploy.pruning.layers import WatchedOperations, plain_attention, weight_of
+from mpdeploy.pruning.capture import LINEAR
 
-SLICE = 1 << 23  # input entries copied at a time: 32 MiB of float32
+SLICE = 1 << 24  # input entries copied at a time: 64 MiB of float32
+STRIPES = 4  # a symmetric product is taken in this many stripes, each from its diagonal on: 5/8 of the work
 
 
 class Moments:
-    """Streaming mean and scatter of a layer's inputs.
+    """Streaming joint moments of a layer's inputs x and its wanted outputs y.
 
-    Each slice's products are taken in float32 about the first slice's mean and summed in float64, so an entry of the
-    scatter is good to about 1e-6 of sqrt(C_ii C_jj) even where the mean dwarfs the spread.
-
-    Args:
-        scatter: whether products are needed, or only the mean.
+    Products of a slice are taken in float32 about the first slice's means and summed in float64, so an entry of the
+    scatter is good to about 1e-6 of sqrt(C_ii C_jj) even where a mean dwarfs the spread. Memory: 8 m^2 + 8 n m bytes
+    for m inputs and n outputs, whatever the number of images.
     """
 
-    def __init__(self, *, scatter: bool) -> None:
-        self.with_scatter = scatter
+    def __init__(self) -> None:
         self.count = 0
-        self._shift = self._sum = self._products = torch.empty(0)
+        self._x0 = self._y0 = self._x = self._y = self._xx = self._yx = self._yy = torch.empty(0)
 
-    def add(self, rows: Tensor) -> None:
-        """Take in inputs, [any number, inputs]."""
-        inputs = rows.shape[1]
+    def add(self, inputs: Tensor, outputs: Tensor) -> None:
+        """Take in rows: inputs [r, m] and the outputs [r, n] that are wanted for them."""
         if not self.count:
-            self._shift = rows.mean(dim=0)
-            self._sum = rows.new_zeros(inputs, dtype=torch.float64)
-            if self.with_scatter:
-                self._products = rows.new_zeros(inputs, inputs, dtype=torch.float64)
-        shifted = rows - self._shift
-        self.count += len(rows)
-        self._sum += shifted.sum(dim=0, dtype=torch.float64)
-        if self.with_scatter:
-            self._products += shifted.T @ shifted
+            self._x0, self._y0 = inputs.mean(dim=0), outputs.mean(dim=0)
+            m, n = inputs.shape[1], outputs.shape[1]
+            self._x = inputs.new_zeros(m, dtype=torch.float64)
+            self._y, self._yy = (inputs.new_zeros(n, dtype=torch.float64) for _ in range(2))
+            self._xx = inputs.new_zeros(m, m, dtype=torch.float64)
+            self._yx = inputs.new_zeros(n, m, dtype=torch.float64)
+        x, y = inputs - self._x0, outputs - self._y0
+        self.count += len(x)
+        self._x += x.sum(dim=0, dtype=torch.float64)
+        self._y += y.sum(dim=0, dtype=torch.float64)
+        self._yy += y.square().sum(dim=0, dtype=torch.float64)
+        self._yx += y.T @ x
+        stripe = -(-x.shape[1] // STRIPES)
+        for first in range(0, x.shape[1], stripe):
+            last = first + stripe
+            self._xx[first:last, first:] += x[:, first:last].T @ x[:, first:]
 
     @property
     def mean(self) -> Tensor:
-        """Mean input, float64 [inputs]."""
-        return self._shift.double() + self._sum / self.count
+        """Mean input, float64 [m]."""
+        return self._x0.double() + self._x / self.count
+
+    @property
+    def goal_mean(self) -> Tensor:
+        """Mean wanted output, float64 [n]."""
+        return self._y0.double() + self._y / self.count
 
     def centred(self) -> Tensor:
-        """Scatter about the mean, sum of (x - mean)(x - mean)^T, float64 [inputs, inputs]."""
-        return self._products - torch.outer(self._sum, self._sum) / self.count
+        """Scatter of the inputs about their mean, float64 [m, m], symmetric."""
+        upper = self._xx.triu()
+        scatter = upper + upper.triu(1).T
+        return scatter.sub_(torch.outer(self._x, self._x / self.count))
+
+    def cross(self) -> Tensor:
+        """Joint scatter of wanted outputs and inputs about their means, float64 [n, m]."""
+        return self._yx - torch.outer(self._y, self._x / self.count)
+
+    def goal_spread(self) -> Tensor:
+        """Scatter of each wanted output about its mean, float64 [n]."""
+        return self._yy - self._y.square() / self.count
 
     def power(self) -> Tensor:
-        """Sum of squares of each input, float64 [inputs]: the diagonal of H = X X^T."""
-        return self._products.diagonal() - self._sum**2 / self.count + self.count * self.mean**2
+        """Sum of squares of each input, float64 [m]: the diagonal of H = X X^T."""
+        return (self._xx.diagonal() - self._x.square() / self.count).clamp_min(0) + self.count * self.mean.square()
+
+    def reordered(self, order: Tensor) -> "Moments":
+        """The same moments with the inputs in another order: new input i is old input order[i]."""
+        other = Moments()
+        other.count = self.count
+        other._x0, other._x, other._yx = self._x0[order], self._x[order], self._yx[:, order]
+        upper = self._xx.triu()
+        other._xx = (upper + upper.triu(1).T)[order][:, order]
+        other._y0, other._y, other._yy = self._y0, self._y, self._yy
+        return other
+
+    def finite(self) -> bool:
+        """Whether no NaN or infinity was among the rows: one of them anywhere ends up in the sums."""
+        return all(bool(torch.isfinite(values).all()) for values in (self.mean, self._yx, self._yy))
 
 
-class _Enough(Exception):
-    """All inputs asked for have been seen."""
-
-
-class _Collector(WatchedOperations):
-    """Feeds the inputs of the named weights to their moments and ends the forward pass after the last of them."""
-
-    def __init__(self, weights: dict[str, Tensor], moments: dict[str, Moments]) -> None:
-        super().__init__()
-        self.names = {id(weight): name for name, weight in weights.items()}
-        self.moments = moments
-        self.waiting = set(weights)
-
-    def seen(self, operation: str, arguments: dict[str, Any]) -> None:
-        name = self.names.get(id(arguments["weight"]))
-        if name is None:
-            return
-        for rows in linear_rows(arguments) if operation == "linear" else convolution_rows(arguments):
-            self.moments[name].add(rows)
-        self.waiting.discard(name)
-        if not self.waiting:
-            raise _Enough
-
-
-def linear_rows(arguments: dict[str, Any]) -> Iterator[Tensor]:
-    """Inputs of a linear operation as [tokens, inputs], in slices."""
-    rows = arguments["input"].reshape(-1, arguments["input"].shape[-1])
-    yield from rows.split(max(1, SLICE // rows.shape[1]))
-
-
-def convolution_rows(arguments: dict[str, Any]) -> Iterator[Tensor]:
-    """Patches that an ungrouped convolution meets with its [O, I*kh*kw] weight, [positions, I*kh*kw], in slices."""
-    images, kernel = arguments["input"], arguments["weight"].shape[2:]
-    padding, dilation = arguments.get("padding", 0), arguments.get("dilation", 1)
-    dilations = (dilation, dilation) if isinstance(dilation, int) else tuple(dilation)
-    if isinstance(padding, str):
-        if padding == "same":
-            extents = [d * (k - 1) for d, k in zip(dilations, kernel, strict=True)]
-            images = F.pad(images, [side for e in reversed(extents) for side in (e // 2, e - e // 2)])
-        padding = 0
-    per_image = images[0].numel() * kernel.numel()
-    for some in images.split(max(1, SLICE // per_image)):
-        patches = F.unfold(some, tuple(kernel), dilations, padding, arguments.get("stride", 1))
-        yield patches.transpose(1, 2).reshape(-1, patches.shape[1])
-
-
-def collect(
-    module: nn.Module, batches: Sequence[Tensor], names: Sequence[str], *, scatter: bool, tick: Callable[[], None]
-) -> dict[str, Moments]:
-    """Run the batches through the network and return the moments of the named layers' inputs.
-
-    Raises:
-        StageFailed: a layer is never reached, or its inputs are NaN or infinite.
-    """
-    weights = {name: weight_of(module.get_submodule(name)) for name in names}
-    moments = {name: Moments(scatter=scatter) for name in names}
-    device = next(iter(weights.values())).device
-    for batch in batches:
-        collector = _Collector(weights, moments)
-        try:
-            with torch.no_grad(), plain_attention(), collector:
-                module(batch.to(device))
-        except _Enough:
-            pass
-        else:
-            raise StageFailed(f"The calibration pass never reached the layer {sorted(collector.waiting)[0]!r}.")
-        tick()
-    for name, moment in moments.items():
-        # A NaN or infinity anywhere in the inputs ends up in the sum.
-        if not bool(torch.isfinite(moment.mean).all() and torch.isfinite(moment._products).all()):
-            raise StageFailed(f"The inputs of layer {name!r} hold NaN or infinity on the calibration images.")
-    return moments
-
-
-def output_error(weight: Tensor, dense: Tensor, held: Moments, shift: Tensor | None) -> float | None:
-    """Relative squared output error sum |W_hat x + c - W x|^2 / sum |W x|^2 over held-out inputs, from their moments.
+def layer_rows(node: fx.Node, inputs: Tensor, outputs: Tensor, keep: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Inputs and outputs of a linear or ungrouped conv2d operation, position by position, in slices of bounded size.
 
     Args:
-        weight: pruned weights, [O, inputs].
-        dense: dense weights, [O, inputs].
-        held: moments of the held-out inputs.
-        shift: c, [O], that the bias correction adds, or None.
+        node: the captured operation.
+        inputs: what it got: [b, ..., m] or images [b, I, H, W].
+        outputs: what it is to give: [b, ..., n] or [b, O, H', W'].
+        keep: positions (tokens, pixels) used per image; drawn by `seed` where there are more.
+        seed: decides the draw, which every image of the batch shares.
 
-    Returns:
-        The error, or None where the dense output is zero and there is no error to speak of.
+    Yields:
+        (inputs [r, m], outputs [r, n]). For a convolution m is kh*kw*I, kernel positions slowest: the order in which
+        groups of input channels are contiguous, and that of `as_rows(weight).reshape(O, m)`.
     """
-    scatter, mean = held.centred(), held.mean
-    change, reference = weight.double() - dense.double(), dense.double()
-    offset = change @ mean + (0 if shift is None else shift)
-    energy = ((reference @ scatter) * reference).sum() + held.count * (reference @ mean).square().sum()
-    wrong = ((change @ scatter) * change).sum() + held.count * offset.square().sum()
-    return float(wrong / energy) if bool(energy > 0) else None
+    is_linear = node.target is LINEAR
+    wanted = outputs.reshape(len(outputs), -1, outputs.shape[-1]) if is_linear else outputs.flatten(2).transpose(1, 2)
+    positions = wanted.shape[1]
+    chosen = None
+    if positions > keep:
+        order = torch.randperm(positions, generator=torch.Generator().manual_seed(seed))
+        chosen = order[:keep].sort().values.to(inputs.device)
+    per_image = positions * (inputs.shape[-1] if is_linear else inputs.shape[1] * _area(node))
+    step = max(1, SLICE // per_image)
+    for images, goals in zip(torch.split(inputs, step), torch.split(wanted, step), strict=True):
+        rows = images.reshape(len(images), -1, images.shape[-1]) if is_linear else patches(node, images)
+        if chosen is not None:
+            rows, goals = rows[:, chosen], goals[:, chosen]
+        yield rows.flatten(0, 1), goals.flatten(0, 1)
+
+
+def _area(node: fx.Node) -> int:
+    return int(node.args[1].meta["val"].shape[2:].numel())  # type: ignore[union-attr]
+
+
+def patches(node: fx.Node, images: Tensor) -> Tensor:
+    """Patches that an ungrouped convolution meets with its weight: [b, positions, kh*kw*I]."""
+    kernel = tuple(node.args[1].meta["val"].shape[2:])  # type: ignore[union-attr]
+    stride, padding, dilation = (
+        node.args[place] if len(node.args) > place else default for place, default in ((3, 1), (4, 0), (5, 1))
+    )
+    if isinstance(padding, str):
+        if padding == "same":
+            dilations = (dilation, dilation) if isinstance(dilation, int) else dilation
+            extents = [d * (k - 1) for d, k in zip(dilations, kernel, strict=True)]  # type: ignore[arg-type]
+            images = F.pad(images, [side for e in reversed(extents) for side in (e // 2, e - e // 2)])
+        padding = 0
+    found = F.unfold(images, kernel, dilation, padding, stride)  # type: ignore[arg-type]
+    grouped = found.reshape(len(images), images.shape[1], -1, found.shape[-1])
+    return grouped.permute(0, 3, 2, 1).flatten(2)

@@ -7,6 +7,7 @@ kernel positions and which no backend can use).
 
 import re
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -114,11 +115,42 @@ def project(score: Tensor, pattern: Pattern) -> Tensor:
     if bool(torch.isnan(score).any()):
         raise StageFailed("A pruning score is NaN: the weights or the calibration inputs hold NaN.")
     groups = _grouped(score, pattern)
-    # topk promises no order among equals; a stable sort does.
-    order = torch.sort(groups, dim=-1, descending=True, stable=True).indices
-    mask = torch.zeros_like(groups, dtype=torch.bool)
-    mask.scatter_(-1, order[..., : pattern.keep], True)
+    mask = groups >= _nth_largest(groups, pattern.keep).unsqueeze(-1)
+    if int(mask.sum()) != mask.shape[0] * mask.shape[1] * pattern.keep:
+        # Equal scores: a stable sort decides between them, which is slower by far.
+        order = torch.sort(groups, dim=-1, descending=True, stable=True).indices
+        mask = torch.zeros_like(mask).scatter_(-1, order[..., : pattern.keep], True)
     return mask.reshape(score.shape)
+
+
+def _nth_largest(groups: Tensor, keep: int) -> Tensor:
+    """The `keep`-th largest of each group, [rows, groups].
+
+    A sorting network over whole planes: for groups this small many times faster than `topk` or `sort` on the last axis.
+    Source: K. E. Batcher, "Sorting networks and their applications", 1968 (odd-even merge sort).
+    """
+    planes = [plane.contiguous() for plane in groups.unbind(-1)]
+    for low, high in _network(len(planes)):
+        a, b = planes[low], planes[high]
+        planes[low], planes[high] = torch.maximum(a, b), torch.minimum(a, b)
+    return planes[keep - 1]
+
+
+@cache
+def _network(size: int) -> tuple[tuple[int, int], ...]:
+    """Comparators (i, j), i < j, that sort any `size` values."""
+    pairs = []
+    merge = 1
+    while merge < size:
+        gap = merge
+        while gap >= 1:
+            for start in range(gap % merge, size - gap, 2 * gap):
+                for low in range(start, min(start + gap, size - gap)):
+                    if low // (2 * merge) == (low + gap) // (2 * merge):
+                        pairs.append((low, low + gap))
+            gap //= 2
+        merge *= 2
+    return tuple(pairs)
 
 
 def bad_groups(weight: Tensor, pattern: Pattern) -> int:

@@ -1,41 +1,76 @@
-"""Prune a network layer by layer: mask, exact least-squares refit, bias correction, BatchNorm recalibration.
+"""Prune a network layer by layer: inputs from the network as pruned so far, outputs wanted from the dense network.
 
-Layers are pruned in execution order, in `passes` chunks: each chunk's inputs come from the network as pruned so far, so
-a later layer repairs itself on the inputs that it will really get.
+The two networks walk side by side through the same captured graph, each operation once. At a layer that is pruned both
+stand still: its inputs x come from the pruned network, its wanted outputs y from the dense one, so that a layer also
+makes up for what the layers before it got wrong. Mask, damping, refit and bias follow from the moments of (x, y) alone.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
+from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch import Tensor, fx, nn
 
 from mpdeploy.errors import RecipeError, StageFailed
+from mpdeploy.pruning.branches import Landing, landing
+from mpdeploy.pruning.capture import Stream, layer_nodes, state_of
 from mpdeploy.pruning.layers import Layer, weight_of
-from mpdeploy.pruning.moments import Moments, collect, output_error
-from mpdeploy.pruning.patterns import Pattern, as_rows, bad_groups, from_rows, project
+from mpdeploy.pruning.masks import METHODS, Choice, choose_mask
+from mpdeploy.pruning.moments import Moments, layer_rows
+from mpdeploy.pruning.patterns import Pattern, as_rows, bad_groups, from_rows
 from mpdeploy.pruning.refit import Refit, refit_rows
 
-METHODS = ("magnitude", "activation")
 HELD_OUT_EVERY = 4  # each fourth image judges what the other three decided
-ENOUGH_IMAGES = 32  # below, the images' own statistics are further off than the dense network's
-STATIONARY = 1e-3  # a refit whose optimality condition misses this is not used
+ROWS = 1 << 15  # positions that one layer's moments are taken over, or 8 per input if that is more
+MOST = 100.0  # a BatchNorm's variance changes by at most this factor
+STATIONARY = 1e-2  # a refit whose optimality condition misses this is not used
+CLOSE = 3e-3  # residual to which the refit goes: at most 0.5 % more error than the exact minimum
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to prune.
+
+    Args:
+        method: how masks are chosen; see `masks.choose_mask`.
+        refit: whether kept weights and biases are fitted to the dense network's outputs. Without it weights are masked.
+        damping: ridges towards the dense weights to choose from, as shares of the mean diagonal of H; each layer takes
+            the one with the least error on the held-out images.
+        precision: type of the linear algebra. In float32 a layer's error is good to about 1e-5 of its output's energy.
+    """
+
+    method: str = "admm"
+    refit: bool = True
+    damping: tuple[float, ...] = (0.01, 0.1)
+    precision: str = "float32"
+
+    def __post_init__(self) -> None:
+        if self.method not in METHODS:
+            raise RecipeError(
+                f"The pruning method {self.method!r} is unknown.", hint=f"choose one of {', '.join(METHODS)}."
+            )
+        if not self.damping or not all(0 <= value < float("inf") for value in self.damping):
+            raise RecipeError(f"Every damping must be a finite number of at least 0, not {self.damping}.")
+        if self.precision not in ("float32", "float64"):
+            raise RecipeError(f"The precision must be float32 or float64, not {self.precision!r}.")
 
 
 @dataclass(frozen=True)
 class LayerResult:
     """What pruning did to one layer.
 
+    Errors are relative squared errors of the layer's outputs on the held-out images: the pruned layer on the pruned
+    network's inputs against what is wanted of it, over the energy of the dense outputs.
+
     Args:
         name: the layer.
         density: share of nonzero weights, from the weights left in the module.
         bad_groups: groups that break the pattern, from the same weights; always 0.
-        error_before_refit: relative squared output error of the bare mask on the held-out images; None if the layer's
-            output is zero there.
-        error_after_refit: the same for the weights left in the module (equal if no refit was asked for or kept).
-        bias_corrected: whether the bias now restores the dense network's mean output.
+        error_before_refit: of the bare mask; None if the dense outputs are zero on the held-out images.
+        error_after_refit: of the weights left in the module (equal if no refit was asked for or kept).
+        damping: the ridge that was chosen, None where nothing was refitted.
+        bias_corrected: whether a bias, or the mean of a BatchNorm behind the layer, restores the wanted mean output.
         note: full sentences on anything unusual, or "".
     """
 
@@ -44,207 +79,307 @@ class LayerResult:
     bad_groups: int
     error_before_refit: float | None
     error_after_refit: float | None
+    damping: float | None
     bias_corrected: bool
     note: str
 
 
+class Problem:
+    """The quadratic problem of one layer, as moments pose it.
+
+    Args:
+        moments: joint moments of inputs and wanted outputs.
+        weight: dense weights [O, m].
+        free_mean: whether something behind the weights (a bias) settles the mean output; then moments are centred.
+        kind: type of the linear algebra.
+    """
+
+    def __init__(self, moments: Moments, weight: Tensor, *, free_mean: bool, kind: torch.dtype) -> None:
+        self.free_mean, self.moments = free_mean, moments
+        scatter, cross = moments.centred(), moments.cross()
+        spread = moments.goal_spread()
+        if not free_mean:
+            scatter += moments.count * torch.outer(moments.mean, moments.mean)
+            cross += moments.count * torch.outer(moments.goal_mean, moments.mean)
+            spread = spread + moments.count * moments.goal_mean.square()
+        self.weight = weight.to(kind)
+        self.scatter = scatter.to(kind)
+        # What is wanted beyond W x: zero where both networks are the same, so errors don't drown in rounding.
+        dense = weight.double()
+        own = dense @ scatter
+        self.beyond = (cross - own).to(kind)
+        self.floor = float((spread - 2 * (dense * cross).sum(dim=1) + (dense * own).sum(dim=1)).clamp_min(0).sum())
+
+    def wrong(self, candidate: Tensor, offset: Tensor) -> float:
+        """Squared error of weights [O, m], summed over rows and outputs.
+
+        Args:
+            candidate: the weights.
+            offset: float64 [O], by which their mean output misses the wanted one; only counts where the mean is free.
+        """
+        change = candidate - self.weight
+        quadratic = ((change @ self.scatter) * change).sum(dtype=torch.float64)
+        linear = (change * self.beyond).sum(dtype=torch.float64)
+        missed = self.moments.count * offset.square().sum() if self.free_mean else 0.0
+        return max(float(quadratic - 2 * linear + missed) + self.floor, 0.0)
+
+    def damped(self, share: float) -> tuple[Tensor, Tensor]:
+        """H and G with a ridge towards the dense weights.
+
+        An input that never varies gets a unit diagonal, so that its weight stays as it is instead of making H singular.
+        """
+        gram = self.scatter.clone()
+        diagonal = gram.diagonal()
+        diagonal += share * diagonal.mean()
+        diagonal[diagonal <= 0] = 1.0
+        return gram, self.weight @ gram + self.beyond
+
+
 @dataclass(frozen=True)
-class _Settings:
-    method: str
-    refit: bool
-    damping: float
+class Solved:
+    """New weights of a layer.
+
+    Args:
+        weight: [O, m], zero outside the mask.
+        before: held-out error of the bare mask, or None.
+        after: held-out error of `weight`, or None.
+        damping: the ridge chosen, or None.
+        note: full sentences, or "".
+    """
+
+    weight: Tensor
+    before: float | None
+    after: float | None
+    damping: float | None
+    note: str
 
 
-def _flat(rows_mask: Tensor, shape: torch.Size) -> Tensor:
-    """A mask from the pattern's rows to the weight's [O, I*kh*kw] matrix, the order in which patches are unfolded."""
-    return from_rows(rows_mask, shape).flatten(1)
+def solve_layer(
+    weight: Tensor, fitting: Moments, held: Moments, pattern: Pattern, settings: Settings, *, free_mean: bool
+) -> Solved:
+    """Choose a layer's mask and refit what it keeps.
 
+    The mask is chosen with the first damping; every damping is refitted and the held-out images choose.
 
-def _prune_weight(
-    layer: Layer, weight: Tensor, fitting: Moments, held: Moments, settings: _Settings, *, has_bias: bool
-) -> tuple[Tensor, LayerResult]:
-    """Return the pruned [O, inputs] weight and what is known of it before the bias is touched."""
-    pattern = Pattern.parse(layer.pattern)
-    dense = weight.flatten(1)
-    notes = []
-    power = fitting.power()
-    score = dense.double().abs() * (power.clamp_min(0).sqrt() if settings.method == "activation" else 1.0)
-    mask = _flat(project(as_rows(score.reshape(weight.shape)), pattern), weight.shape)
-    dead = int((power <= 0).sum())
-    if dead:
-        notes.append(f"{dead} of its {len(power)} inputs are always zero on the calibration images.")
+    Args:
+        weight: dense weights [O, m], groups along the last axis.
+        fitting: moments that decide.
+        held: moments that judge.
+        pattern: N:M.
+        settings: how.
+        free_mean: whether a bias or a BatchNorm mean will restore the mean output.
+
+    Raises:
+        StageFailed: H is singular, or a score is NaN.
+    """
+    kind = getattr(torch, settings.precision)
+    problem = Problem(fitting, weight, free_mean=free_mean, kind=kind)
+    judge = Problem(held, weight, free_mean=free_mean, kind=kind)
+    energy = held_energy(weight, held)
 
     def error_of(candidate: Tensor) -> float | None:
-        shift = (dense.double() - candidate.double()) @ fitting.mean if has_bias else None
-        return output_error(candidate, dense, held, shift)
+        lack = candidate.double()
+        offset = (held.goal_mean - fitting.goal_mean) - lack @ (held.mean - fitting.mean)
+        return judge.wrong(candidate, offset) / energy if energy > 0 else None
 
-    kept = torch.where(mask, dense, torch.zeros_like(dense))
-    before = after = error_of(kept)
+    gram, target = problem.damped(settings.damping[0])
+    choice = choose_mask(problem.weight, gram, target, fitting.power().to(kind), pattern, settings.method)
+    bare = problem.weight * choice.mask
+    before = error_of(bare)
+    notes = []
+    dead = int((fitting.power() <= 0).sum())
+    if dead:
+        notes.append(f"{dead} of its {weight.shape[1]} inputs are always zero on the calibration images.")
+    best = Solved(bare, before, before, None, "")
     if settings.refit:
-        gram = _damped(fitting, settings.damping, free_bias=has_bias)
-        try:
-            fitted = refit_rows(dense, mask, gram)
-        except StageFailed as error:
-            raise StageFailed(f"Layer {layer.name!r} could not be refitted. {error.what}", hint=error.hint) from error
-        candidate = torch.where(mask, fitted.weight.to(dense.dtype), torch.zeros_like(dense))
-        refitted = error_of(candidate)
-        why_not = _why_not_kept(fitted, before, refitted)
-        if why_not:
-            notes.append(why_not)
-        else:
-            kept, after = candidate, refitted
-    return kept, LayerResult(layer.name, 0.0, 0, before, after, bias_corrected=False, note=" ".join(notes))
+        best, refused = _best_refit(problem, choice, settings.damping, best, error_of)
+        notes += refused
+    return replace(best, note=" ".join(notes))
 
 
-def _damped(fitting: Moments, damping: float, *, free_bias: bool) -> Tensor:
-    """H + damping * mean(diag H) * I.
-
-    With a bias, H is centred: that equals a constant input whose weight (the bias) is free, undamped and kept. An
-    input that never varies gets a unit diagonal, so that its weight stays as it is instead of making H singular.
-    """
-    gram = fitting.centred()
-    if not free_bias:
-        gram = gram + fitting.count * torch.outer(fitting.mean, fitting.mean)
-    diagonal = gram.diagonal()
-    diagonal += damping * diagonal.mean()
-    diagonal[diagonal <= 0] = 1.0
-    return gram
+def held_energy(weight: Tensor, held: Moments) -> float:
+    """Energy of the wanted outputs less what a bias adds: sum of |y - mean y + W mean x|^2, the scale of the errors."""
+    return float(held.goal_spread().sum() + held.count * (weight.double() @ held.mean).square().sum())
 
 
-def _why_not_kept(fitted: Refit, before: float | None, after: float | None) -> str:
+def _best_refit(
+    problem: Problem,
+    choice: Choice,
+    dampings: Sequence[float],
+    bare: Solved,
+    error_of: Callable[[Tensor], float | None],
+) -> tuple[Solved, list[str]]:
+    """Refit with each damping; return the one that the held-out images prefer, or the bare mask and why."""
+    if bare.before is None:
+        why = "The refit was not kept: the layer's output is zero on the held-out images, so nothing can judge it."
+        return bare, [why]
+    best, start, refused = bare, choice.start, []
+    for damping in dampings:
+        gram, target = problem.damped(damping)
+        fitted = refit_rows(target, choice.mask, gram, start=start, tolerance=CLOSE)
+        start = fitted.weight
+        error = error_of(fitted.weight)
+        if why := _why_not_kept(fitted, bare.before, error):
+            refused.append(why)
+        elif best.damping is None or (error is not None and best.after is not None and error < best.after):
+            best = Solved(fitted.weight, bare.before, error, damping, "")
+    return best, refused[:1] if best.damping is None else []
+
+
+def _why_not_kept(fitted: Refit, before: float, after: float | None) -> str:
     """Why a refit is refused, or ""."""
-    if before is None or after is None:
-        return "The refit was not kept: the layer's output is zero on the held-out images, so nothing can judge it."
     if not fitted.residual <= STATIONARY:
         return (
             f"The refit was not kept: its optimality residual is {fitted.residual:.1e}, not at most {STATIONARY:.0e}."
         )
-    if not after <= before:
+    if after is None or not after <= before:
         return f"The refit was not kept: its held-out error {after:.4g} is above the bare mask's {before:.4g}."
     return ""
 
 
 def prune_network(
     module: nn.Module,
+    graph: fx.Graph,
     batches: Sequence[Tensor],
     layers: Sequence[Layer],
     *,
-    method: str,
-    refit: bool,
-    damping: float,
-    passes: int,
+    settings: Settings,
     progress: Callable[[int, int], None],
 ) -> list[LayerResult]:
-    """Prune a network in place.
+    """Prune a network in place, layer by layer in execution order.
 
-    Of the calibration images every fourth is held out: it fits nothing and only measures the errors. A refit that does
-    not lower its layer's held-out error is dropped and the note says so. The bias of a pruned layer moves by
-    (W - W_hat) mean(x) over all calibration images, so that its own mean output on its own inputs stays what it was.
-    (Aiming at the dense network's mean instead counts one drift once in every layer of a chunk: on a pretrained ViT-S
-    that left 23 % of the labels where no correction at all left 95 %.)
-    Networks with BatchNorm get its statistics recomputed on all calibration images at the end, if these are at least
-    32: on EfficientNet-Lite0 the statistics of five photos lost every label, the old ones kept two in five.
+    Of the calibration images every fourth is held out: it fits nothing, and judges the damping and the refit. A refit
+    that does not lower its layer's held-out error is dropped and the note says so. The bias of a pruned layer restores
+    the wanted mean output on all calibration images; a BatchNorm right behind it takes over the wanted mean and spread.
 
-    Memory: beside the network and one forward pass, 16 m^2 bytes for each layer of a chunk with m inputs (m = I*kh*kw
-    of a convolution), plus about 50 m^2 + 50 O m bytes and 0.3 GB for the layer being solved. More passes make
-    smaller chunks.
+    Where a layer's output is added to a residual stream, what is wanted of it is the dense network's sum less the
+    pruned network's other summand, so that the sum is repaired and not only the branch.
+
+    Memory, beside two copies of the network: what both walks keep alive between two operations
+    (`capture.alive_bytes` per image and network), 16 m^2 + 16 O m bytes of moments for the layer at hand (m = I*kh*kw
+    for a convolution), about 20 m^2 + 40 O m for its solution, and 0.2 GB of slices.
 
     Args:
         module: the network; it is put into eval mode; the work is done on its device.
+        graph: what `capture.capture` returned for it.
         batches: preprocessed calibration images, float32 [b, C, H, W]; at least 4 images in all.
         layers: what `layers.choose` returned; those without a pattern stay as they are.
-        method: "magnitude" scores |w|; "activation" scores |w| times the root mean square of its input (Wanda).
-        refit: whether the kept weights are fitted to the dense layer's outputs.
-        damping: ridge towards the dense weights, as a share of the mean diagonal of H; below about 1e-5 it no longer
-            covers the float32 rounding of H where inputs all but repeat each other.
-        passes: how many chunks of consecutive layers; each costs one pass of the calibration images.
+        settings: how.
         progress: told (work units done, work units in all).
 
     Returns:
         One result per pruned layer, in execution order.
 
     Raises:
-        RecipeError: a setting is out of range.
         StageFailed: no layer has a pattern, images are too few, or a weight or an activation is NaN or infinite.
     """
-    _check_settings(method, damping, passes)
-    chosen = [layer for layer in layers if layer.pattern]
+    chosen = {layer.name: layer for layer in layers if layer.pattern}
     if not chosen:
         raise StageFailed("No layer carries a sparsity pattern, so there is nothing to prune.")
-    for layer in chosen:
-        if not bool(torch.isfinite(weight_of(module.get_submodule(layer.name))).all()):
-            raise StageFailed(f"The weights of layer {layer.name!r} hold NaN or infinity.")
+    for name in chosen:
+        if not bool(torch.isfinite(weight_of(module.get_submodule(name))).all()):
+            raise StageFailed(f"The weights of layer {name!r} hold NaN or infinity.")
     fitting, held = split_images(batches)
     module.eval()
-    passes = min(passes, len(chosen))
-    norms = batch_norms(module) if sum(map(len, batches)) >= ENOUGH_IMAGES else []
-    looks = len(fitting) + len(held)
-    total = looks * passes + len(chosen) + len(batches) * bool(norms)
-    done = 0
-
-    def tick() -> None:
-        nonlocal done
-        done += 1
-        progress(done, total)
-
-    results = []
-    bounds = [round(index * len(chosen) / passes) for index in range(passes + 1)]
-    for low, high in pairwise(bounds):
-        chunk = chosen[low:high]
-        names = [layer.name for layer in chunk]
-        seen = collect(module, fitting, names, scatter=True, tick=tick)
-        judged = collect(module, held, names, scatter=True, tick=tick)
-        for layer in chunk:
-            results.append(
-                _prune_layer(
-                    module.get_submodule(layer.name),
-                    layer,
-                    seen.pop(layer.name),
-                    judged.pop(layer.name),
-                    _Settings(method, refit, damping),
-                )
-            )
-            tick()
-    if norms:
-        recalibrate_batch_norm(module, batches, tick)
+    nodes = layer_nodes(graph, list(chosen))
+    state = state_of(module, graph)
+    before = {name: tensor.clone() for name, tensor in state.items()}
+    dense, pruned = (Stream(graph, some, [*fitting, *held]) for some in (before, state))
+    images = sum(map(len, fitting))
+    results: list[LayerResult] = []
+    for name, node in nodes.items():
+        landed = landing(graph, node, state)
+        seen = _look(node, dense, pruned, landed, len(fitting), images, len(results))
+        norm = module.get_submodule(landed.norm) if landed.norm else None
+        results.append(_prune_layer(module.get_submodule(name), norm, chosen[name], seen, settings))
+        progress(len(results), len(nodes))
     return results
 
 
-def _prune_layer(module: nn.Module, layer: Layer, fitting: Moments, held: Moments, settings: _Settings) -> LayerResult:
-    """Prune one module in place and read back what it then holds."""
-    weight = weight_of(module)
-    dense = weight.detach().flatten(1).double()
+def _look(
+    node: fx.Node,
+    dense: Stream,
+    pruned: Stream,
+    landed: Landing,
+    fitting: int,
+    images: int,
+    seed: int,
+) -> tuple[Moments, Moments]:
+    """Moments of a layer on the fitting and on the held-out batches."""
+    dense.advance(node)
+    pruned.advance(node)
+    inputs = pruned.argument(node, 0)
+    dense.advance(node, through=True)
+    wanted = landed.wanted(dense, pruned, dense.output(node))
+    keep = -(-max(ROWS, 8 * node.args[1].meta["val"][0].numel()) // images)  # type: ignore[union-attr]
+    fit, held = Moments(), Moments()
+    for place, (x, y) in enumerate(zip(inputs, wanted, strict=True)):
+        for rows in layer_rows(node, x, y, keep, seed * 1_000_003 + place):
+            (fit if place < fitting else held).add(*rows)
+    return fit, held
+
+
+def _prune_layer(
+    module: nn.Module, norm: nn.Module | None, layer: Layer, seen: tuple[Moments, Moments], settings: Settings
+) -> LayerResult:
+    """Prune one module in place, with the BatchNorm behind it, and read back what it then holds."""
+    fitting, held = seen
+    if not (fitting.finite() and held.finite()):
+        raise StageFailed(f"The inputs of layer {layer.name!r} hold NaN or infinity on the calibration images.")
+    weight, pattern = weight_of(module), Pattern.parse(layer.pattern)
+    flat = as_rows(weight.detach()).reshape(len(weight), -1)
     has_bias = isinstance(module.bias, Tensor)
-    kept, result = _prune_weight(layer, weight.detach(), fitting, held, settings, has_bias=has_bias)
+    free_mean = has_bias or norm is not None
+    try:
+        solved = solve_layer(flat, fitting, held, pattern, settings, free_mean=free_mean)
+    except StageFailed as error:
+        raise StageFailed(f"Layer {layer.name!r} could not be pruned. {error.what}", hint=error.hint) from error
+    kept = solved.weight.to(flat.dtype)
     with torch.no_grad():
-        weight.copy_(kept.reshape(weight.shape))
-        if isinstance(module.bias, Tensor):
-            mean = (fitting.count * fitting.mean + held.count * held.mean) / (fitting.count + held.count)
-            module.bias += ((dense - kept.double()) @ mean).to(module.bias.dtype)
-            if not bool(torch.isfinite(module.bias).all()):
-                raise StageFailed(f"The corrected bias of layer {layer.name!r} is NaN or infinite.")
-    bad = bad_groups(weight, Pattern.parse(layer.pattern))
+        weight.copy_(from_rows(kept.reshape(-1, weight.shape[1]), weight.shape))
+        _settle(module, norm, kept.double(), fitting, held)
+    settled = [module.bias, getattr(norm, "running_mean", None), getattr(norm, "running_var", None)]
+    if not all(bool(torch.isfinite(values).all()) for values in settled if isinstance(values, Tensor)):
+        raise StageFailed(f"The corrected bias or BatchNorm of layer {layer.name!r} is NaN or infinite.")
+    bad = bad_groups(weight, pattern)
     if bad:
         raise StageFailed(f"{bad} groups of layer {layer.name!r} break the pattern {layer.pattern} after pruning.")
-    notes = [result.note] if result.note else []
-    if not has_bias:
+    notes = [solved.note] if solved.note else []
+    if not free_mean:
         notes.append("It has no bias, so its mean output is not corrected.")
-    return replace(
-        result,
+    return LayerResult(
+        name=layer.name,
         density=float((weight != 0).double().mean()),
         bad_groups=bad,
-        bias_corrected=has_bias,
+        error_before_refit=solved.before,
+        error_after_refit=solved.after,
+        damping=solved.damping,
+        bias_corrected=free_mean,
         note=" ".join(notes),
     )
 
 
-def _check_settings(method: str, damping: float, passes: int) -> None:
-    if method not in METHODS:
-        raise RecipeError(f"The pruning method {method!r} is unknown.", hint=f"choose one of {', '.join(METHODS)}.")
-    if not 0 <= damping < float("inf"):
-        raise RecipeError(f"The damping must be a finite number of at least 0, not {damping}.")
-    if passes < 1:
-        raise RecipeError(f"At least one calibration pass is needed, not {passes}.")
+def _settle(module: nn.Module, norm: Any, kept: Tensor, fitting: Moments, held: Moments) -> None:
+    """Give the output of weights [O, m] the wanted mean, and in front of a BatchNorm the wanted spread, in place.
+
+    With a bias: b = mean y - W_hat mean x. With a BatchNorm its running mean moves by what the mean output misses and
+    its running variance by the ratio of the output's variance to the wanted one. As both are taken over the same
+    images, few are enough: what is peculiar to these images cancels, where plain recalibration would learn it.
+    """
+    count = fitting.count + held.count
+    mean = (fitting.count * fitting.mean + held.count * held.mean) / count
+    goal = (fitting.count * fitting.goal_mean + held.count * held.goal_mean) / count
+    output = kept @ mean
+    if isinstance(module.bias, Tensor):
+        module.bias.copy_(goal - output)
+        output = goal
+    if norm is None:
+        return
+    norm.running_mean += (output - goal).to(norm.running_mean.dtype)
+    spread = sum((((kept @ part) * kept).sum(dim=1) for part in (fitting.centred(), held.centred())), start=0.0 * goal)
+    wanted = fitting.goal_spread() + held.goal_spread()
+    ratio = torch.where(wanted > 0, spread / wanted.clamp_min(1e-30), torch.ones_like(wanted))
+    norm.running_var *= ratio.clamp(1 / MOST, MOST).to(norm.running_var.dtype)
 
 
 def split_images(batches: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
@@ -269,53 +404,3 @@ def split_images(batches: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]
     if first < HELD_OUT_EVERY:
         raise StageFailed(f"Pruning needs at least {HELD_OUT_EVERY} calibration images; {first} were given.")
     return [part for part in fitting if len(part)], [part for part in held if len(part)]
-
-
-def batch_norms(module: nn.Module) -> list[_BatchNorm]:
-    """The BatchNorm layers that keep running statistics."""
-    return [child for child in module.modules() if isinstance(child, _BatchNorm) and child.running_mean is not None]
-
-
-def recalibrate_batch_norm(module: nn.Module, batches: Sequence[Tensor], tick: Callable[[], None]) -> int:
-    """Replace the running statistics by the average over the batches of each batch's own.
-
-    Only BatchNorm layers are in training mode meanwhile, all else (dropout) stays in eval mode.
-
-    Args:
-        module: the network; it is in eval mode afterwards.
-        batches: calibration images; each counts alike, whatever its size.
-        tick: called after each batch.
-
-    Returns:
-        How many layers were recalibrated.
-
-    Raises:
-        StageFailed: a batch is too small for statistics, or they are NaN or infinite.
-    """
-    module.eval()
-    norms = batch_norms(module)
-    momenta = [norm.momentum for norm in norms]
-    device = next(module.parameters()).device
-    try:
-        for norm in norms:
-            norm.reset_running_stats()
-            norm.momentum = None  # torch's spelling of a cumulative average
-            norm.train()
-        with torch.no_grad():
-            for batch in batches:
-                module(batch.to(device))
-                tick()
-    except ValueError as error:
-        raise StageFailed(
-            f"BatchNorm could not be recalibrated on a batch of {len(batch)} images: {error}",
-            hint="use larger calibration batches.",
-        ) from error
-    finally:
-        for norm, momentum in zip(norms, momenta, strict=True):
-            norm.momentum = momentum
-            norm.eval()
-    for name, child in module.named_modules():
-        statistics = [child.running_mean, child.running_var] if isinstance(child, _BatchNorm) else []
-        if not all(bool(torch.isfinite(values).all()) for values in statistics if values is not None):
-            raise StageFailed(f"The recalibrated statistics of BatchNorm {name!r} are NaN or infinite.")
-    return len(norms)

@@ -35,9 +35,11 @@ def run(params: Params, given: Given, out: Path) -> Facts:
     from safetensors.torch import load_file, save_file
 
     from mpdeploy.models import rebuild
+    from mpdeploy.pruning.capture import capture
     from mpdeploy.pruning.layers import choose
     from mpdeploy.pruning.macs import count
-    from mpdeploy.pruning.solve import ENOUGH_IMAGES, batch_norms, prune_network
+    from mpdeploy.pruning.reorder import reorder
+    from mpdeploy.pruning.solve import Settings, prune_network
 
     table, source = params.prune, given["source"]
     device = usable_device(table.device)
@@ -62,19 +64,29 @@ def run(params: Params, given: Given, out: Path) -> Facts:
     spectra = {layer.name: _spectrum(module.get_submodule(layer.name).weight) for layer in chosen}
     images = open_images(params.data, source)
     batches = [torch.from_numpy(x).to(device) for x in images.drawn("calibration", table.batch)]
+    given.progress("capturing the network", 0, 1)
+    graph = capture(module, size)
+    orders = reorder(
+        module,
+        graph,
+        batches,
+        layers,
+        iterations=table.permute,
+        seed=table.seed,
+        progress=lambda done, total: given.progress("ordering channels", done, total),
+    )
     results = prune_network(
         module,
+        graph,
         batches,
-        chosen,
-        method=table.method,
-        refit=table.refit,
-        damping=table.damping,
-        passes=table.passes,
+        layers,
+        settings=Settings(table.method, table.refit, table.damping, table.precision),
         progress=lambda done, total: given.progress("pruning layers", done, total),
     )
     by_name = {result.name: asdict(result) for result in results}
     save_file({k: v.detach().cpu().contiguous() for k, v in module.state_dict().items()}, out / "pruned.safetensors")
     save_arrays({name: s.eigenvalues.astype(np.float32) for name, s in spectra.items()}, out / "spectra.safetensors")
+    write_json(out / "orders.json", _orders(orders))
     write_json(
         out / "layers.json",
         [{**asdict(layer), **by_name.get(layer.name, {}), **_described(spectra.get(layer.name))} for layer in layers],
@@ -86,11 +98,41 @@ def run(params: Params, given: Given, out: Path) -> Facts:
         "pruned": len(chosen),
         "pattern": table.pattern,
         "macs": macs.total,
-        "batch_norm": {
-            "layers": len(batch_norms(module)),
-            "recalibrated": sum(map(len, batches)) >= ENOUGH_IMAGES and bool(batch_norms(module)),
-        },
+        "reordered": len(orders.couplings),
+        "logit_change_of_reordering": orders.logit_change,
     }
+
+
+def _orders(orders: Any) -> dict[str, Any]:
+    """Return what became of each set of channels, as JSON, with every tensor that a folded order moved."""
+    folded = [
+        {"coupling": asdict(coupling), "order": order.tolist()}
+        for coupling, order in orders.couplings
+    ]  # fmt: skip
+    tried = [{**asdict(row), "order": None} for row in orders.reorderings]
+    for row, found in zip(tried, orders.reorderings, strict=True):
+        row["order"] = found.order is not None
+    return {
+        "logit_change": orders.logit_change, "tried": tried, "refused": dict(orders.refused), "folded": folded
+    }  # fmt: skip
+
+
+def fold_orders(state: Mapping[str, Any], made: Artifact) -> None:
+    """Bring a dense network's tensors into the channel order of the pruned one, in place.
+
+    Args:
+        state: tensors by name, as `state_dict()` returns them.
+        made: what this stage made.
+    """
+    import torch
+
+    from mpdeploy.pruning.couplings import Coupling, Member, fold
+
+    for row in made.json("orders.json")["folded"]:
+        fields = dict(row["coupling"])
+        for side in ("producers", "consumers"):
+            fields[side] = tuple(Member(**member) for member in fields[side])
+        fold(state, Coupling(**fields), torch.tensor(row["order"]))
 
 
 def usable_device(name: str) -> str:
