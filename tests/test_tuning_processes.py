@@ -107,7 +107,7 @@ def pipeline(tmp_path_factory):
     with np.load(QUICKSTART.parent / "quickstart" / "fashion_mnist_slice.npz") as data:
         few = {name: values[:360] if len(values) > 360 else values for name, values in data.items()}
     np.savez(home / "few.npz", **few)
-    sets = (*SMALL, f'data.path="{home / "few.npz"}"', "tune.epochs=1", "tune.batch=50")
+    sets = (*SMALL, f'data.path="{home / "few.npz"}"', "tune.epochs=1", "tune.batch=50", "tune.feature_weight=0.1")
     args = [QUICKSTART, *(arg for item in sets for arg in ("--set", item)), "--out", home / "bundle"]
     return home, sets, args, torchrun("-m", "mpdeploy", "run", *args, "--json", MPDEPLOY_STORE=str(home / "store"))
 
@@ -120,6 +120,8 @@ def test_the_pipeline_under_torchrun_makes_one_bundle(pipeline):
     assert {path.name for path in home.iterdir() if path.is_dir()} == {"bundle", "store"}
     record = json.loads((home / "bundle" / "tune.json").read_text())
     assert record["processes"] == 2
+    # Features in another order of channels than the teacher's would add 0.1 x 4 blocks x about 2.
+    assert record["blocks"] == [f"blocks.{i}" for i in range(4)] and record["loss"][0]["loss"] < 0.4
     assert len(list((home / "store" / "objects").iterdir())) == 7
     # How many processes shared the work is no part of what was asked.
     assert {step.state for step in mpdeploy.plan(QUICKSTART, sets=sets, store=home / "store")} == {"reuse"}

@@ -16,7 +16,7 @@ from mpdeploy.recipe import Data, Table, Tune
 from mpdeploy.stage import Facts, Given, Progress, Stage
 from mpdeploy.stages.environment import needs, versions
 from mpdeploy.stages.images import open_images
-from mpdeploy.stages.prune import check_pattern, usable_device
+from mpdeploy.stages.prune import check_pattern, fold_orders, usable_device
 
 if TYPE_CHECKING:
     import torch
@@ -87,7 +87,10 @@ def _tuned(params: Params, given: Given) -> "tuple[dict[str, torch.Tensor], Tune
     device = own_device(table.device)
     precision = usable_precision(table.precision, device)
     architecture = given["source"].json("model.json")
-    teacher = rebuild(architecture, load_file(given["source"].path("dense.safetensors")))
+    dense = load_file(given["source"].path("dense.safetensors"))
+    # The same function, but its features come in the student's order of channels.
+    fold_orders(dense, given["prune"])
+    teacher = rebuild(architecture, dense)
     pruned = load_file(given["prune"].path("pruned.safetensors"))
     student = rebuild(architecture, pruned)
     patterns = {
