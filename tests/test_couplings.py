@@ -469,6 +469,41 @@ def test_a_vector_from_elsewhere_moves_along():
     assert {member.tensor for member in coupling.producers} == {"b.weight", "b.bias", "c.bias"}
 
 
+class Quiet(nn.Module):
+    """A part that torch.export keeps as one operation of its own."""
+
+    def forward(self, x):
+        with torch.no_grad():
+            gate = x.mean(1, keepdim=True).sigmoid()
+        return x * gate
+
+
+def test_a_part_without_gradients_is_no_stumbling_block():
+    assert "next -> head" in by_name(outcome(Small(Quiet())))
+
+
+class InPlace(nn.Module):
+    """Writes into a part of a tensor that is read again as a whole."""
+
+    def __init__(self, alike):
+        super().__init__()
+        self.alike = alike
+
+    def forward(self, x):
+        x = x.clone()
+        if self.alike:
+            x[:, :8].mul_(2).add_(x[:, 8:])
+        else:
+            x[:, :8] = x[:, 4:12].flip(1)
+        return x
+
+
+@pytest.mark.parametrize("alike", [True, False])
+def test_writing_into_a_part_of_a_tensor_is_seen(alike):
+    found = outcome(Small(InPlace(alike)))
+    assert ("next" in found.refused) != alike or len(found.couplings) > 1
+
+
 def test_a_shuffle_network_is_folded_where_its_halves_allow_and_refused_elsewhere():
     _, found, _, _ = example("shufflenet")
     assert found.couplings

@@ -126,6 +126,19 @@ def test_many_rows_are_summed_in_pieces_that_change_nothing(monkeypatch):
     assert torch.equal(search(score, Pattern(2, 4), iterations=8).order, whole.order)
 
 
+def test_more_groups_than_one_assignment_takes_are_parted_and_all_of_them_still_take_part(monkeypatch):
+    score = heavy_tailed(40, 4 * 24)
+    monkeypatch.setattr("mpdeploy.pruning.permute.TOGETHER", 5)
+    parted = search(score, Pattern(2, 4), blocks=2, iterations=12)
+    assert torch.equal(parted.order.sort().values, torch.arange(96))
+    assert torch.equal(parted.order // 48, torch.arange(96) // 48)
+    groups = torch.arange(96) // 4
+    assert set(groups[parted.order != torch.arange(96)].tolist()) == set(range(24))
+    monkeypatch.setattr("mpdeploy.pruning.permute.TOGETHER", 192)
+    whole = search(score, Pattern(2, 4), blocks=2, iterations=12)
+    assert parted.kept_after - parted.kept_before > 0.8 * (whole.kept_after - whole.kept_before)
+
+
 def test_worth_is_the_sum_over_rows_of_the_larger_score():
     bars, candidates = heavy_tailed(6, 33), heavy_tailed(6, 33, seed=1)
     expected = torch.maximum(bars[:, None], candidates[None]).double().sum(dim=-1)

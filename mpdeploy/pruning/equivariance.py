@@ -193,6 +193,8 @@ class Walk:
     # --- the walk ----------------------------------------------------------------------------------------------------
 
     def _visit(self, node: fx.Node) -> Any:
+        if node.op in ("get_attr", "placeholder") and not isinstance(node.meta.get("val"), Tensor):
+            return None  # a part of the network that runs as one operation, or a number
         if node.op == "get_attr":
             name = str(node.target)
             shape = self._shape(node.meta["val"])
@@ -212,10 +214,12 @@ class Walk:
         val = node.meta.get("val")
         if node.target is operator.getitem:
             return args[0][args[1]]
-        if not isinstance(val, Tensor | list | tuple):
-            return _concrete(val)
         name = _operation_name(node)
         self.doing = f"the operation {name}"
+        if not isinstance(val, Tensor | list | tuple):
+            if _writes(node):
+                self._stop((args, tuple(kwargs.values())), f"they are written by {self.doing}")
+            return _concrete(val)
         named = _by_name(node, args, kwargs)
         shape = self._shape(val) if isinstance(val, Tensor) else ()
         rule = getattr(self, f"_op_{name.lower()}", None)
@@ -241,7 +245,7 @@ class Walk:
     def _unknown(self, args: Any, kwargs: Any, val: Any, name: str) -> Any:
         """Freeze all that reaches an operation without a rule."""
         why = f"they pass through the operation {name}, which isn't known to treat channels alike" if name else ""
-        self._stop((args, kwargs), why)
+        self._stop((args, tuple(kwargs.values())), why)
         why = f"they come out of the operation {name}, which isn't known to treat channels alike" if name else ""
         if isinstance(val, list | tuple):
             return [Value(self._shape(v), why=why) if isinstance(v, Tensor) else _concrete(v) for v in val]
@@ -723,6 +727,11 @@ def _operation_name(node: fx.Node) -> str:
         return str(node.target)
     name = node.target._schema.name.removeprefix("aten::")
     return name[:-1] if name.endswith("_") and not name.endswith("__") else name
+
+
+def _writes(node: fx.Node) -> bool:
+    """Whether an operation changes one of its arguments."""
+    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
 
 
 def _by_name(node: fx.Node, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:

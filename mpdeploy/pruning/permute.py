@@ -22,9 +22,7 @@ from mpdeploy.pruning.patterns import Pattern
 
 CACHED = 1 << 19  # entries that one comparison writes: 2 MiB, which stay in the cache
 STALLED = 1e-5  # a round that gains less than this share of the kept score is the last
-TOGETHER = (
-    192  # most groups in one assignment: its cost grows with their cube. More are parted by chance, each time anew.
-)
+TOGETHER = 192  # most groups in one assignment, whose cost grows with their cube; more are parted, by chance each time
 ROUNDING = 1e-7  # an assignment that gains less than this share may be no gain at all in float32
 
 
