@@ -29,7 +29,7 @@ from mpdeploy.pruning.permute import CACHED, _kept, _largest, search
 
 PATTERN = Pattern(2, 4)
 SEED = 0
-ITERATIONS = (4, 6, 8, 10, 12, 16, 20, 24, 32)
+ITERATIONS = (8, 12, 16, 20, 24, 32, 40, 48)
 HERE = Path(__file__).resolve().parent
 
 
@@ -106,7 +106,7 @@ def layers() -> Iterator[tuple[str, Tensor]]:
     """Names and scores [rows, channels]."""
     trunk = read_trunk(98)
     for block in (0, 5, 11):
-        for layer in ("attn.qkv", "mlp.fc1", "mlp.fc2"):
+        for layer in ("mlp.fc1", "mlp.fc2"):
             name = f"blocks.{block}.{layer}"
             yield f"ViT-S {name}", trunk[f"{name}.weight"].float().square()
     generator = torch.Generator().manual_seed(SEED)
@@ -120,12 +120,12 @@ def compare(name: str, score: Tensor, budget: float) -> dict[str, Any]:
     """Both searches on one layer; ratios first."""
     ours = []
     for iterations in ITERATIONS:
-        times = []
-        for _ in range(3):
+        times: list[float] = []
+        while len(times) < 3 and sum(times) < 1:  # the median of three, where that costs little
             start = time.perf_counter()
             found = search(score, PATTERN, iterations=iterations, seed=SEED)
             times.append(time.perf_counter() - start)
-        ours.append((found, sorted(times)[1]))
+        ours.append((found, sorted(times)[len(times) // 2]))
     swaps = exhaustive(score, PATTERN, budget)
     enough = next(((found, seconds) for found, seconds in ours if found.kept_after >= swaps.kept), None)
     longest, seconds = ours[-1]
@@ -173,21 +173,26 @@ def main() -> None:
     parser.add_argument("--budget", type=float, default=600, help="seconds for each exhaustive search")
     parser.add_argument("--out", type=Path, default=HERE / "results" / "permutation.json")
     options = parser.parse_args()
-    rows = []
+    rows: list[dict[str, Any]] = []
     for name, score in layers():
         rows.append(compare(name, score, options.budget))
         print(json.dumps(rows[-1]), flush=True)
-    summary = {
-        "least_times_faster_than_kept_gains": least(rows, "times_faster_than_kept_gains"),
+        # Written after each layer: the last one takes minutes.
+        options.out.write_text(json.dumps({**summary(rows, options.budget), "layers": rows}, indent=2) + "\n")
+
+
+def summary(rows: list[dict[str, Any]], budget: float) -> dict[str, Any]:
+    """Ratios over all layers, and what they were measured with."""
+    return {
         "least_times_faster_than_all_anew": least(rows, "times_faster_than_all_anew"),
+        "least_times_faster_than_kept_gains": least(rows, "times_faster_than_kept_gains"),
         "layers_where_the_exhaustive_search_kept_more": sum(row["iterations"] is None for row in rows),
         "pattern": str(PATTERN),
         "seed": SEED,
-        "budget_seconds": options.budget,
+        "budget_seconds": budget,
         "threads": torch.get_num_threads(),
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "scipy": scipy.__version__},
     }
-    options.out.write_text(json.dumps({**summary, "layers": rows}, indent=2) + "\n")
 
 
 if __name__ == "__main__":
