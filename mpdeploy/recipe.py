@@ -72,12 +72,49 @@ class Data(Table):
         return self
 
 
+def _is_pattern(text: str) -> bool:
+    match = re.fullmatch(r"(\d+):(\d+)", text)
+    return match is not None and 0 < int(match[1]) < int(match[2])
+
+
+class Allocate(Table):
+    """A pattern per layer, chosen by measurement within a budget; dense is always a choice."""
+
+    patterns: tuple[str, ...] = Field(("12:16", "2:4"), min_length=1, description="N:M patterns to choose from.")
+    budget: Annotated[float, Field(gt=0.0, le=1.0)] = Field(
+        description="Share of what the prunable layers need when dense that may be left."
+    )
+    unit: Literal["macs", "weights"] = Field("macs", description="What the budget counts.")
+    ranking: Literal["error", "edge", "slack"] = Field(
+        "error", description="Measured error, Marchenko-Pastur edge, or share of the margins; all three are compared."
+    )
+    images: Count = Field(32, description="Held-out calibration images on which logits are compared.")
+
+    @field_validator("patterns")
+    @classmethod
+    def _patterns(cls, values: tuple[str, ...]) -> tuple[str, ...]:
+        if wrong := [value for value in values if not _is_pattern(value)]:
+            raise ValueError(f"must be N:M with 0 < N < M, for example 2:4, not {wrong[0]}")
+        if len(set(values)) < len(values):
+            raise ValueError("names a pattern twice")
+        return values
+
+
 class Prune(Table):
     """Which weights become zero, and how the rest is refitted."""
 
-    pattern: str = Field(description='N:M, at most N of M consecutive input channels kept: "2:4", "8:16", ...')
-    method: Literal["admm", "sparsegpt", "activation", "magnitude"] = Field(
-        "admm", description="How masks are chosen: ADMM, SparseGPT, |w| times the rms of its input, or |w|."
+    pattern: str = Field(
+        description='N:M, at most N of M consecutive input channels kept: "2:4", "8:16", ...; '
+        '"mixed" (see allocate), or "unstructured" (see sparsity).'
+    )
+    method: Literal["admm", "sparsegpt", "activation", "magnitude", "seb"] = Field(
+        "admm",
+        description="How masks are chosen: ADMM, SparseGPT, |w| times the rms of its input, or |w|; "
+        'unstructured ones by |w| over the whole network ("magnitude"), or weighted by layer ("seb").',
+    )
+    allocate: Allocate | None = Field(None, description='For pattern = "mixed", and only for that.')
+    sparsity: Annotated[float, Field(gt=0.0, lt=1.0)] | None = Field(
+        None, description='Share of the prunable weights to drop; for pattern = "unstructured", and only for that.'
     )
     refit: bool = Field(True, description="Least squares of kept weights and biases to the dense network's outputs.")
     damping: tuple[Annotated[float, Field(gt=0.0)], ...] = Field(
@@ -100,10 +137,22 @@ class Prune(Table):
     @field_validator("pattern")
     @classmethod
     def _pattern(cls, value: str) -> str:
-        match = re.fullmatch(r"(\d+):(\d+)", value)
-        if not match or not 0 < int(match[1]) < int(match[2]):
+        if value not in ("mixed", "unstructured") and not _is_pattern(value):
             raise ValueError("must be N:M with 0 < N < M, for example 2:4")
         return value
+
+    @model_validator(mode="after")
+    def _pattern_has_its_keys(self) -> "Prune":
+        if (self.pattern == "mixed") != (self.allocate is not None):
+            raise ValueError('pattern = "mixed" and the table prune.allocate need each other: give both or neither')
+        if (self.pattern == "unstructured") != (self.sparsity is not None):
+            raise ValueError('pattern = "unstructured" and prune.sparsity need each other: give both or neither')
+        own = ("seb", "magnitude")
+        if self.pattern == "unstructured" and self.method not in own:
+            raise ValueError(f'unstructured masks are chosen by method = "seb" or "magnitude", not "{self.method}"')
+        if self.pattern != "unstructured" and self.method == "seb":
+            raise ValueError('method = "seb" chooses unstructured masks only; set pattern = "unstructured"')
+        return self
 
 
 class Tune(Table):
@@ -226,6 +275,12 @@ class Recipe(Table):
             base = "fp32" if engine.precision == "int8" else engine.precision
             if base not in self.export.precision:
                 raise ValueError(f"build.engines: {engine.id} needs export.precision to hold {base}")
+        return self
+
+    @model_validator(mode="after")
+    def _masks_can_change(self) -> "Recipe":
+        if self.tune.refresh and self.prune.pattern == "unstructured":
+            raise ValueError("tune.refresh: masks are searched by N:M groups, which unstructured pruning has none of")
         return self
 
     def locked(self) -> dict[str, Any]:

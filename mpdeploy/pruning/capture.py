@@ -5,6 +5,7 @@ from its start for each of 48 layers would dominate everything else. A stream in
 tensors that are alive between two layers and goes on from there: each operation runs once.
 """
 
+import copy
 import operator
 import warnings
 from collections.abc import Mapping, Sequence
@@ -132,6 +133,12 @@ class Stream:
                         if self.last_use[used] == place:
                             values.pop(used, None)
         self.done = max(self.done, end)
+
+    def branch(self) -> "Stream":
+        """A second stream at the same place; both go on from here on their own."""
+        other = copy.copy(self)
+        other.values = [dict(values) for values in self.values]
+        return other
 
     def _run(self, node: fx.Node, values: dict[fx.Node, Any]) -> None:
         if node.op == "call_function":

@@ -14,6 +14,7 @@ from torch.overrides import TorchFunctionMode
 from mpdeploy.errors import RecipeError, StageFailed
 from mpdeploy.pruning.patterns import Pattern
 
+UNSTRUCTURED = "unstructured"  # the pattern of a layer whose zeros lie anywhere
 KINDS: tuple[type[nn.Module], ...] = (nn.Linear, nn.Conv2d)
 
 
@@ -28,7 +29,7 @@ class Layer:
         groups: convolution groups (1 for a linear).
         positions: output positions per image: tokens, or H*W; 0 when the module itself is never called.
         macs: multiply-accumulates per image of the dense layer.
-        pattern: "2:4" and the like, or "" when the layer stays dense.
+        pattern: "2:4" and the like, UNSTRUCTURED, or "" when the layer stays dense.
         reason: one sentence that says why it stays dense; "" when it is pruned.
     """
 
@@ -201,7 +202,7 @@ def choose(
 
     Args:
         module: the network in eval mode, on any device; the meta device is enough.
-        pattern: "2:4" and the like.
+        pattern: "2:4" and the like, or UNSTRUCTURED, which fits any number of inputs.
         skip: globs on layer names (case-sensitive, "*" also crosses dots); what they match stays dense.
         input_size: channels, height, width of one image.
         keep_stem_dense: leave the first layer that sees the image dense.
@@ -214,7 +215,7 @@ def choose(
         RecipeError: the pattern can't be read, or a glob matches no layer.
         StageFailed: the network can't be traced.
     """
-    wanted = Pattern.parse(pattern)
+    wanted = None if pattern == UNSTRUCTURED else Pattern.parse(pattern)
     traced = trace(module, input_size)
     _check_globs(skip, list(traced.uses))
     stem = _stem(traced) if keep_stem_dense else None
@@ -235,7 +236,7 @@ def choose(
                 groups=child.groups if isinstance(child, nn.Conv2d) else 1,
                 positions=traced.uses[name].positions,
                 macs=traced.macs(name),
-                pattern="" if reason else str(wanted),
+                pattern="" if reason else str(wanted or UNSTRUCTURED),
                 reason=reason,
             )
         )
@@ -275,13 +276,13 @@ def _unusable(traced: Trace, name: str) -> str:
     return ""
 
 
-def _unfit(child: nn.Module, pattern: Pattern) -> str:
+def _unfit(child: nn.Module, pattern: Pattern | None) -> str:
     """Why the layer's shape forbids the pattern, or ""."""
     if isinstance(child, nn.Conv2d) and child.groups != 1:
         depthwise = "depthwise" if child.groups == child.in_channels else "grouped"
         return f"It is a {depthwise} convolution ({child.groups} groups), which sparse kernels don't cover."
     inputs = weight_of(child).shape[1]
-    if inputs % pattern.group:
+    if pattern is not None and inputs % pattern.group:
         return f"Its {inputs} inputs are not a multiple of {pattern.group}, so groups of {pattern} don't fit."
     return ""
 

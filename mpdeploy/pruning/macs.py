@@ -7,7 +7,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from mpdeploy.errors import StageFailed
-from mpdeploy.pruning.layers import Layer, trace
+from mpdeploy.pruning.layers import UNSTRUCTURED, Layer, trace
 from mpdeploy.pruning.patterns import Pattern
 
 
@@ -28,12 +28,14 @@ class Macs:
     def after(self, layers: Sequence[Layer]) -> int:
         """Multiply-accumulates left when each pruned layer works only on the weights that its pattern keeps.
 
+        Zeros that lie anywhere save nothing: no engine leaves them out.
+
         Args:
             layers: what `choose` returned for the same network.
         """
         saved = 0
         for layer in layers:
-            if layer.pattern:
+            if layer.pattern not in ("", UNSTRUCTURED):
                 pattern = Pattern.parse(layer.pattern)
                 saved += self.layers[layer.name] * (pattern.group - pattern.keep) // pattern.group
         return self.total - saved

@@ -46,7 +46,7 @@ def refit_rows(
 
     Args:
         target: G, [O, inputs]; W H for weights W that are to be imitated on the same inputs.
-        mask: boolean, [O, inputs], as many kept entries in every row.
+        mask: boolean, [O, inputs]; as many kept entries in every row, or conjugate gradient is used at any size.
         gram: H, float32 or float64 [inputs, inputs], symmetric, damping included.
         start: where conjugate gradient starts, [O, inputs]; zero if None.
         tolerance: of the residual, per row.
@@ -55,7 +55,10 @@ def refit_rows(
     Raises:
         StageFailed: H restricted to a kept set is not positive definite.
     """
-    if gram.shape[0] <= DIRECT_INPUTS if direct is None else direct:
+    if direct is None:
+        kept = mask.sum(dim=1)
+        direct = gram.shape[0] <= DIRECT_INPUTS and bool((kept == kept[0]).all())
+    if direct:
         fitted, iterations = _cholesky(target, mask, gram), 0
     else:
         first = torch.zeros_like(target) if start is None else start * mask

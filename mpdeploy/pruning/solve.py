@@ -5,7 +5,7 @@ stand still: its inputs x come from the pruned network, its wanted outputs y fro
 makes up for what the layers before it got wrong. Mask, damping, refit and bias follow from the moments of (x, y) alone.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -66,7 +66,7 @@ class LayerResult:
     Args:
         name: the layer.
         density: share of nonzero weights, from the weights left in the module.
-        bad_groups: groups that break the pattern, from the same weights; always 0.
+        bad_groups: groups (of a given mask: weights) that break the pattern, from the same weights; always 0.
         error_before_refit: of the bare mask; None if the dense outputs are zero on the held-out images.
         error_after_refit: of the weights left in the module (equal if no refit was asked for or kept).
         damping: the ridge that was chosen, None where nothing was refitted.
@@ -155,7 +155,7 @@ class Solved:
 
 
 def solve_layer(
-    weight: Tensor, fitting: Moments, held: Moments, pattern: Pattern, settings: Settings, *, free_mean: bool
+    weight: Tensor, fitting: Moments, held: Moments, pattern: Pattern | Tensor, settings: Settings, *, free_mean: bool
 ) -> Solved:
     """Choose a layer's mask and refit what it keeps.
 
@@ -165,7 +165,7 @@ def solve_layer(
         weight: dense weights [O, m], groups along the last axis.
         fitting: moments that decide.
         held: moments that judge.
-        pattern: N:M.
+        pattern: N:M, or the mask itself, boolean [O, m].
         settings: how.
         free_mean: whether a bias or a BatchNorm mean will restore the mean output.
 
@@ -183,7 +183,10 @@ def solve_layer(
         return judge.wrong(candidate, offset) / energy if energy > 0 else None
 
     gram, target = problem.damped(settings.damping[0])
-    choice = choose_mask(problem.weight, gram, target, fitting.power().to(kind), pattern, settings.method)
+    if isinstance(pattern, Tensor):
+        choice = Choice(pattern, problem.weight * pattern)
+    else:
+        choice = choose_mask(problem.weight, gram, target, fitting.power().to(kind), pattern, settings.method)
     bare = problem.weight * choice.mask
     before = error_of(bare)
     notes = []
@@ -245,6 +248,7 @@ def prune_network(
     *,
     settings: Settings,
     progress: Callable[[int, int], None],
+    masks: Mapping[str, Tensor] | None = None,
 ) -> list[LayerResult]:
     """Prune a network in place, layer by layer in execution order.
 
@@ -266,6 +270,7 @@ def prune_network(
         layers: what `layers.choose` returned; those without a pattern stay as they are.
         settings: how.
         progress: told (work units done, work units in all).
+        masks: for layers whose pattern is `layers.UNSTRUCTURED`, their boolean masks of the weight's shape.
 
     Returns:
         One result per pruned layer, in execution order.
@@ -289,14 +294,15 @@ def prune_network(
     results: list[LayerResult] = []
     for name, node in nodes.items():
         landed = landing(graph, node, state)
-        seen = _look(node, dense, pruned, landed, len(fitting), images, len(results))
+        seen = look(node, dense, pruned, landed, len(fitting), images, len(results))
         norm = module.get_submodule(landed.norm) if landed.norm else None
-        results.append(_prune_layer(module.get_submodule(name), norm, chosen[name], seen, settings))
+        mask = masks[name] if masks and name in masks else None
+        results.append(prune_layer(module.get_submodule(name), norm, chosen[name], seen, settings, mask))
         progress(len(results), len(nodes))
     return results
 
 
-def _look(
+def look(
     node: fx.Node,
     dense: Stream,
     pruned: Stream,
@@ -305,7 +311,17 @@ def _look(
     images: int,
     seed: int,
 ) -> tuple[Moments, Moments]:
-    """Moments of a layer on the fitting and on the held-out batches."""
+    """Moments of a layer on the fitting and on the held-out batches.
+
+    Args:
+        node: the layer's operation.
+        dense: the dense network's walk, up to the layer at the most; afterwards it stands behind it.
+        pruned: the pruned network's walk; it may be `dense` itself.
+        landed: where the output goes.
+        fitting: how many of the batches, the first, fit.
+        images: images in these batches.
+        seed: decides which positions are looked at.
+    """
     dense.advance(node)
     pruned.advance(node)
     inputs = pruned.argument(node, 0)
@@ -319,15 +335,33 @@ def _look(
     return fit, held
 
 
-def _prune_layer(
-    module: nn.Module, norm: nn.Module | None, layer: Layer, seen: tuple[Moments, Moments], settings: Settings
+def prune_layer(
+    module: nn.Module,
+    norm: nn.Module | None,
+    layer: Layer,
+    seen: tuple[Moments, Moments],
+    settings: Settings,
+    mask: Tensor | None = None,
 ) -> LayerResult:
-    """Prune one module in place, with the BatchNorm behind it, and read back what it then holds."""
+    """Prune one module in place, with the BatchNorm behind it, and read back what it then holds.
+
+    Args:
+        module: a Linear or an ungrouped Conv2d.
+        norm: the BatchNorm that alone reads its output, or None.
+        layer: its row, with a pattern.
+        seen: its moments on the fitting and on the held-out images.
+        settings: how.
+        mask: boolean, of the weight's shape, where it is given and not to be chosen.
+
+    Raises:
+        StageFailed: an input is NaN or infinite, H is singular, or what was written is not what was meant.
+    """
     fitting, held = seen
     if not (fitting.finite() and held.finite()):
         raise StageFailed(f"The inputs of layer {layer.name!r} hold NaN or infinity on the calibration images.")
-    weight, pattern = weight_of(module), Pattern.parse(layer.pattern)
+    weight = weight_of(module)
     flat = as_rows(weight.detach()).reshape(len(weight), -1)
+    pattern = Pattern.parse(layer.pattern) if mask is None else as_rows(mask).reshape(flat.shape)
     has_bias = isinstance(module.bias, Tensor)
     free_mean = has_bias or norm is not None
     try:
@@ -341,7 +375,7 @@ def _prune_layer(
     settled = [module.bias, getattr(norm, "running_mean", None), getattr(norm, "running_var", None)]
     if not all(bool(torch.isfinite(values).all()) for values in settled if isinstance(values, Tensor)):
         raise StageFailed(f"The corrected bias or BatchNorm of layer {layer.name!r} is NaN or infinite.")
-    bad = bad_groups(weight, pattern)
+    bad = bad_groups(weight, Pattern.parse(layer.pattern)) if mask is None else int((weight[~mask] != 0).sum())
     if bad:
         raise StageFailed(f"{bad} groups of layer {layer.name!r} break the pattern {layer.pattern} after pruning.")
     notes = [solved.note] if solved.note else []
