@@ -81,7 +81,7 @@ class Allocate(Table):
     """A pattern per layer, chosen by measurement within a budget; dense is always a choice."""
 
     patterns: tuple[str, ...] = Field(("12:16", "2:4"), min_length=1, description="N:M patterns to choose from.")
-    budget: Annotated[float, Field(gt=0.0, le=1.0)] = Field(
+    budget: Annotated[float, Field(gt=0.0, lt=1.0)] = Field(
         description="Share of what the prunable layers need when dense that may be left."
     )
     unit: Literal["macs", "weights"] = Field("macs", description="What the budget counts.")

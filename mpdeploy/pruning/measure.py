@@ -5,17 +5,20 @@ a few held-out images move when only this layer is pruned. They are measured bef
 dense inputs, so they rank choices; they don't foretell the finished network's error.
 """
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, fx, nn
 
-from mpdeploy.errors import StageFailed
-from mpdeploy.pruning.allocate import DENSE, Candidate
+from mpdeploy.errors import RecipeError, StageFailed
+from mpdeploy.pruning import allocate
+from mpdeploy.pruning.allocate import DENSE, Allocation, Candidate
 from mpdeploy.pruning.branches import landing
 from mpdeploy.pruning.capture import Stream, layer_nodes, state_of
 from mpdeploy.pruning.layers import Layer, choose, weight_of
@@ -107,6 +110,22 @@ def left(layer: Layer, pattern: str, unit: str) -> int:
 def budget_of(layers: Sequence[Layer], fitting: Mapping[str, Sequence[str]], unit: str, share: float) -> int:
     """Turn a share of what the layers with a fitting pattern need when dense into a number of units."""
     return round(share * sum(left(layer, DENSE, unit) for layer in layers if layer.name in fitting))
+
+
+def check_budget(layers: Sequence[Layer], fitting: Mapping[str, Sequence[str]], unit: str, share: float) -> None:
+    """Refuse a budget that the sparsest choice of every layer still exceeds.
+
+    Raises:
+        RecipeError: naming the least share that can be reached.
+    """
+    dense = budget_of(layers, fitting, unit, 1.0)
+    least = sum(min(left(layer, p, unit) for p in fitting[layer.name]) for layer in layers if layer.name in fitting)
+    if round(share * dense) < least:
+        raise RecipeError(
+            f"prune.allocate.budget = {share:g} can't be met: with the sparsest pattern in every layer "
+            f"{math.ceil(1e4 * least / dense) / 1e4:g} of the prunable layers' {unit} are left.",
+            hint="raise the budget, or add a sparser pattern to prune.allocate.patterns.",
+        )
 
 
 def measure(
@@ -206,3 +225,84 @@ def _margins(logits: Tensor) -> Floats:
     top = logits.topk(2, dim=1).values
     margins: Floats = (top[:, 0] - top[:, 1]).numpy()
     return margins
+
+
+def rank(
+    measured: Measured, budget: int, weights: Mapping[str, Tensor], layer_weights: Mapping[str, float]
+) -> tuple[Allocation, ...]:
+    """Choose patterns by measured error, by edge and by slack.
+
+    Args:
+        measured: what `measure` returned.
+        budget: what may be left of the layers with candidates, in the unit of their costs.
+        weights: [O, I] or [O, I, kh, kw] of these layers.
+        layer_weights: their SEB weights, see `unstructured.seb_weights`.
+
+    Returns:
+        Allocations "error", "edge" and "slack"; `measured` of each is the logits' squared change per image that the
+        layers' errors would cause if they added up.
+
+    Raises:
+        RecipeError: the budget is below the sparsest choice.
+        StageFailed: as the rankings of `allocate`.
+    """
+    candidates = measured.candidates
+    return allocate.compare(
+        candidates,
+        budget,
+        {
+            "edge": allocate.by_edge(candidates, weights, layer_weights),
+            "slack": allocate.by_slack(candidates, measured.displacement, measured.margins),
+        },
+        _errors(measured),
+    )
+
+
+def _errors(measured: Measured) -> dict[tuple[str, str], float]:
+    sensitivity = allocate.sensitivities(measured.candidates, measured.moved)
+    return allocate.by_error(measured.candidates, sensitivity)
+
+
+def described(measured: Measured, found: Sequence[Allocation], ranking: str, unit: str) -> dict[str, Any]:
+    """Everything a reader needs to compare the rankings, as JSON values.
+
+    Args:
+        measured: what `measure` returned.
+        found: what `rank` returned.
+        ranking: the one that decides.
+        unit: of the costs.
+
+    Returns:
+        "asked", "ranking", "unit", "budget", "dense" (cost of these layers when dense), "images"; "layers": by name the
+        candidates, each with its cost and numbers; "rankings": one row each; "uniform": what one pattern in every layer
+        that it fits would need and cost; "differences": pattern by ranking, of layers where they differ.
+    """
+    errors = _errors(measured)
+    layers: dict[str, list[dict[str, Any]]] = {}
+    for item in measured.candidates:
+        row = {"pattern": item.pattern, "cost": item.cost, "relative_error": item.relative}
+        layers.setdefault(item.layer, []).append({**row, "error": errors[item.layer, item.pattern]})
+    rows = [{**asdict(one), "gap": one.gap} for one in found]
+    return {
+        "asked": True,
+        "ranking": ranking,
+        "unit": unit,
+        "budget": found[0].budget,
+        "dense": sum(item.cost for item in measured.candidates if item.pattern == DENSE),
+        "images": len(measured.margins),
+        "layers": layers,
+        "rankings": rows,
+        "uniform": _uniform(measured.candidates, errors),
+        "differences": allocate.differences(found),
+    }
+
+
+def _uniform(candidates: Sequence[Candidate], errors: Mapping[tuple[str, str], float]) -> list[dict[str, Any]]:
+    """One row per pattern: its cost and measured error if every layer that it fits had it."""
+    rows = []
+    for pattern in dict.fromkeys(item.pattern for item in candidates if item.pattern != DENSE):
+        chosen = {item.layer: item for item in candidates if item.pattern == DENSE}
+        chosen |= {item.layer: item for item in candidates if item.pattern == pattern}
+        error = math.fsum(errors[item.layer, item.pattern] for item in chosen.values())
+        rows.append({"pattern": pattern, "cost": sum(item.cost for item in chosen.values()), "measured": error})
+    return rows

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -13,6 +13,13 @@ from mpdeploy.recipe import Data, Prune, Table
 from mpdeploy.stage import Facts, Given, Stage
 from mpdeploy.stages.environment import needs, versions
 from mpdeploy.stages.images import open_images
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from mpdeploy.pruning.layers import Layer
+    from mpdeploy.pruning.solve import Settings
 
 
 class Params(Table):
@@ -36,7 +43,6 @@ def run(params: Params, given: Given, out: Path) -> Facts:
 
     from mpdeploy.models import rebuild
     from mpdeploy.pruning.capture import capture
-    from mpdeploy.pruning.layers import choose
     from mpdeploy.pruning.macs import count
     from mpdeploy.pruning.reorder import reorder
     from mpdeploy.pruning.solve import Settings, prune_network
@@ -46,26 +52,17 @@ def run(params: Params, given: Given, out: Path) -> Facts:
     architecture = source.json("model.json")
     module = rebuild(architecture, load_file(source.path("dense.safetensors"))).to(device)
     size = tuple(architecture["input_size"])
-    layers = choose(
-        module,
-        table.pattern,
-        table.skip,
-        size,
-        keep_stem_dense=table.keep_stem_dense,
-        keep_head_dense=table.keep_head_dense,
-    )
-    chosen = [layer for layer in layers if layer.pattern]
-    if not chosen:
-        why = layers[0].reason if layers else "it has no Linear or Conv2d layer"
-        raise RecipeError(
-            f"No layer of the network can be pruned to {table.pattern}: {why}.",
-            hint="`mpdeploy plan` lists each layer with the rule that keeps it dense.",
-        )
-    spectra = {layer.name: _spectrum(module.get_submodule(layer.name).weight) for layer in chosen}
+    layers, fitting = candidates(module, table, size)
+    spectra = {name: _spectrum(module.get_submodule(name).weight) for name in fitting}
+    settings = Settings(mask_method(table), table.refit, table.damping, table.precision)
     images = open_images(params.data, source)
     batches = [torch.from_numpy(x).to(device) for x in images.drawn("calibration", table.batch)]
     given.progress("capturing the network", 0, 1)
     graph = capture(module, size)
+    allocation: dict[str, Any] = {"asked": False}
+    if table.allocate:
+        layers, allocation = _allocated(module, graph, batches, layers, fitting, spectra, settings, params, given)
+    chosen = {layer.name: layer for layer in layers if layer.pattern}
     orders = reorder(
         module,
         graph,
@@ -80,13 +77,15 @@ def run(params: Params, given: Given, out: Path) -> Facts:
         graph,
         batches,
         layers,
-        settings=Settings(table.method, table.refit, table.damping, table.precision),
+        settings=settings,
         progress=lambda done, total: given.progress("pruning layers", done, total),
     )
     by_name = {result.name: asdict(result) for result in results}
     save_file({k: v.detach().cpu().contiguous() for k, v in module.state_dict().items()}, out / "pruned.safetensors")
+    spectra = {name: spectra[name] for name in chosen}
     save_arrays({name: s.eigenvalues.astype(np.float32) for name, s in spectra.items()}, out / "spectra.safetensors")
     write_json(out / "orders.json", _orders(orders))
+    write_json(out / "allocation.json", allocation)
     write_json(
         out / "layers.json",
         [{**asdict(layer), **by_name.get(layer.name, {}), **_described(spectra.get(layer.name))} for layer in layers],
@@ -101,6 +100,85 @@ def run(params: Params, given: Given, out: Path) -> Facts:
         "reordered": len(orders.couplings),
         "logit_change_of_reordering": orders.logit_change,
     }
+
+
+def candidates(
+    module: "nn.Module", table: Prune, size: tuple[int, int, int]
+) -> "tuple[list[Layer], dict[str, tuple[str, ...]]]":
+    """List the layers, and the patterns that each of those to be pruned may get.
+
+    Args:
+        module: the network; the meta device is enough.
+        table: the recipe's.
+        size: channels, height, width.
+
+    Returns:
+        The layers with the recipe's pattern, or for "mixed" as yet without one; and the patterns by layer.
+
+    Raises:
+        RecipeError: no layer can be pruned, or a mixed recipe's budget is below the sparsest choice.
+    """
+    from mpdeploy.pruning.layers import choose
+    from mpdeploy.pruning.measure import check_budget, choose_among
+
+    stem, head = table.keep_stem_dense, table.keep_head_dense
+    if table.allocate:
+        patterns = table.allocate.patterns
+        layers, fitting = choose_among(module, patterns, table.skip, size, keep_stem_dense=stem, keep_head_dense=head)
+        check_budget(layers, fitting, table.allocate.unit, table.allocate.budget)
+    else:
+        layers = choose(module, table.pattern, table.skip, size, keep_stem_dense=stem, keep_head_dense=head)
+        fitting = {layer.name: (layer.pattern,) for layer in layers if layer.pattern}
+    if not fitting:
+        why = layers[0].reason if layers else "It has no Linear or Conv2d layer."
+        wanted = " or ".join(table.allocate.patterns) if table.allocate else table.pattern
+        raise RecipeError(
+            f"No layer of the network can be pruned to {wanted}: {why}",
+            hint="`mpdeploy plan` lists each layer with the rule that keeps it dense.",
+        )
+    return layers, fitting
+
+
+def mask_method(table: Prune) -> str:
+    """Return how a layer's mask is chosen where it is chosen layer by layer."""
+    return "magnitude" if table.pattern == "unstructured" else table.method
+
+
+def _allocated(
+    module: "nn.Module",
+    graph: Any,
+    batches: "list[torch.Tensor]",
+    layers: "list[Layer]",
+    fitting: "Mapping[str, tuple[str, ...]]",
+    spectra: Mapping[str, Any],
+    settings: "Settings",
+    params: Params,
+    given: Given,
+) -> "tuple[list[Layer], dict[str, Any]]":
+    """Measure every choice, rank three times, and give the layers the patterns of the ranking that the recipe names."""
+    from mpdeploy.pruning.layers import weight_of
+    from mpdeploy.pruning.measure import budget_of, described, measure, rank, with_patterns
+    from mpdeploy.pruning.unstructured import seb_weights
+
+    table = params.prune.allocate
+    assert table is not None  # for the type checker: the caller asked
+    found = measure(
+        module,
+        graph,
+        batches,
+        layers,
+        fitting,
+        settings,
+        unit=table.unit,
+        images=table.images,
+        progress=lambda done, total: given.progress("measuring patterns", done, total),
+    )
+    # The edge itself, whatever signal the source's table prefers at this sparsity.
+    layer_weights = seb_weights(spectra, 1 - table.budget, signal="edge")
+    weights = {name: weight_of(module.get_submodule(name)) for name in fitting}
+    ranked = rank(found, budget_of(layers, fitting, table.unit, table.budget), weights, layer_weights)
+    own = next(one for one in ranked if one.ranking == table.ranking)
+    return with_patterns(layers, own.chosen), described(found, ranked, table.ranking, table.unit)
 
 
 def _orders(orders: Any) -> dict[str, Any]:
