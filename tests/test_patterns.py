@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from mpdeploy.errors import RecipeError, StageFailed
-from mpdeploy.pruning.patterns import Pattern, as_rows, bad_groups, from_rows, project
+from mpdeploy.pruning.patterns import Pattern, _network, as_rows, bad_groups, from_rows, project
 
 PATTERNS = st.integers(2, 8).flatmap(lambda group: st.builds(Pattern, st.integers(1, group - 1), st.just(group)))
 
@@ -44,6 +44,57 @@ def test_project_is_the_best_of_all_masks_and_breaks_ties_to_the_lower_index(pat
             key=lambda chosen, row=row, part=part: float(score[row, part][list(chosen)].sum()),
         )
         assert kept == best
+
+
+@pytest.mark.parametrize("size", range(2, 17))
+def test_the_sorting_network_sorts_every_vector_of_zeros_and_ones(size):
+    # Knuth's 0-1 principle: a network that sorts these sorts everything.
+    vectors = (torch.arange(2**size)[:, None] >> torch.arange(size)) & 1
+    planes = list(vectors.to(torch.uint8).T.contiguous())
+    for low, high in _network(size):
+        assert 0 <= low < high < size
+        planes[low], planes[high] = torch.maximum(planes[low], planes[high]), torch.minimum(planes[low], planes[high])
+    ones = vectors.sum(dim=1)
+    assert all(torch.equal(plane.bool(), ones > place) for place, plane in enumerate(planes))
+
+
+def by_stable_sort(score, pattern):
+    groups = score.reshape(len(score), -1, pattern.group)
+    order = np.argsort(-groups.numpy(), axis=-1, kind="stable")
+    mask = torch.zeros(groups.shape, dtype=torch.bool)
+    return mask.scatter_(-1, torch.from_numpy(order[..., : pattern.keep].copy()), True).reshape(score.shape)
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    st.sampled_from(["1:2", "2:4", "1:4", "3:4", "4:8", "6:12", "8:16", "12:16", "7:13"]),
+    st.integers(1, 40),
+    st.integers(1, 5),
+    st.sampled_from([1, 2, 3, 10, 10**6]),
+    st.integers(0, 2**31),
+)
+def test_project_equals_a_stable_sort_however_many_scores_are_equal(text, rows, groups, values, seed):
+    pattern = Pattern.parse(text)
+    generator = torch.Generator().manual_seed(seed)
+    score = torch.randint(values, (rows, groups * pattern.group), generator=generator).float()
+    assert torch.equal(project(score, pattern), by_stable_sort(score, pattern))
+
+
+@pytest.mark.parametrize("text", ["2:4", "4:8", "6:12", "8:16", "12:16"])
+def test_of_equal_scores_the_lower_indices_stay_in_one_group_and_all_others_are_unharmed(text):
+    pattern = Pattern.parse(text)
+    score = torch.rand(6, 4 * pattern.group, generator=torch.Generator().manual_seed(0))
+    plain = project(score, pattern)
+    score[2, : pattern.group] = 0.5
+    mask = project(score, pattern)
+    assert mask[2, : pattern.group].tolist() == [place < pattern.keep for place in range(pattern.group)]
+    plain[2, : pattern.group] = mask[2, : pattern.group]
+    assert torch.equal(mask, plain)
+
+
+def test_infinite_scores_stay():
+    score = torch.tensor([[1.0, float("inf"), 3.0, float("inf")], [float("inf")] * 3 + [0.0]])
+    assert project(score, Pattern(2, 4)).tolist() == [[False, True, False, True], [True, True, False, False]]
 
 
 @settings(max_examples=80, deadline=None)
