@@ -146,14 +146,15 @@ def test_on_tiny_rows_admm_comes_close_to_the_optimum_over_all_masks(text, input
 
 def test_where_inputs_are_uncorrelated_single_weights_decide():
     weight, _ = layer(64, 64)
-    gram = torch.diag(torch.linspace(0.1, 4, 64))
+    gram = torch.diag(torch.logspace(-1.5, 1.5, 64)[torch.randperm(64, generator=torch.Generator().manual_seed(0))])
     best, sparsegpt, admm, magnitude = (
         chosen(weight, gram, method).mask for method in ("activation", "sparsegpt", "admm", "magnitude")
     )
     assert torch.equal(sparsegpt, best)
     least = error(weight * best, weight, gram)
-    # ADMM stops at a mask that is locally best: 12 % above the least error here.
-    assert least <= error(weight * admm, weight, gram) < 1.13 * least < error(weight * magnitude, weight, gram)
+    # ADMM stops at a mask that is only near the best.
+    assert least <= error(weight * admm, weight, gram) < 1.15 * least
+    assert error(weight * magnitude, weight, gram) > 1.5 * least
 
 
 def test_admms_own_weights_are_near_the_fit_on_its_mask():
@@ -199,6 +200,21 @@ def test_the_inverse_is_one_and_a_singular_or_nan_matrix_is_refused():
     for matrix in (torch.ones(4, 4), torch.zeros(4, 4), -torch.eye(4), spoilt):
         with pytest.raises(StageFailed, match="singular"):
             inverse(matrix)
+
+
+@pytest.mark.parametrize("kind", [torch.float32, torch.float64])
+@pytest.mark.parametrize("method", METHODS)
+def test_nearly_equal_inputs_are_either_solved_or_refused_in_words(method, kind):
+    for seed in range(20):
+        generator = torch.Generator().manual_seed(seed)
+        x = torch.randn(40, 16, generator=generator, dtype=kind)
+        x[:, 5] = x[:, 4] * (1 + (seed - 10) * torch.finfo(kind).eps)
+        weight, gram = torch.randn(4, 16, generator=generator, dtype=kind), x.T @ x
+        try:
+            start = chosen(weight, gram, method).start
+        except StageFailed:
+            continue
+        assert torch.isfinite(start).all()
 
 
 @pytest.mark.parametrize("method", METHODS)

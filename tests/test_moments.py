@@ -67,21 +67,23 @@ def test_stripes_cover_any_width(inputs):
     assert torch.allclose(streamed(x, y).centred(), centred.T @ centred, atol=1e-5)
 
 
-def test_reordered_moments_are_those_of_reordered_inputs():
-    x, y = pairs(inputs=13, mean=5.0)
-    order = torch.randperm(13, generator=torch.Generator().manual_seed(1))
-    moved, direct = streamed(x, y).reordered(order), streamed(x[:, order], y)
-    spread, goal = direct.centred().diagonal(), direct.goal_spread()
-    assert moved.count == direct.count
-    assert close(moved.centred(), direct.centred(), spread, spread)
-    assert close(moved.cross(), direct.cross(), goal, spread)
-    for ours, theirs in (
-        (moved.mean, direct.mean),
-        (moved.power(), direct.power()),
-        (moved.goal_mean, direct.goal_mean),
-        (moved.goal_spread(), direct.goal_spread()),
-    ):
-        assert torch.allclose(ours, theirs, rtol=1e-5)
+def test_moments_taken_through_the_causes_are_those_of_the_outputs():
+    x, _ = pairs(inputs=13, mean=5.0)
+    generator = torch.Generator().manual_seed(4)
+    causes, weight = x + 0.1 * torch.randn(x.shape, generator=generator), torch.randn(30, 13, generator=generator)
+    y = causes @ weight.T + torch.linspace(-3, 3, 30)
+    plain, through = streamed(x, y), Moments(weight)
+    for part in zip(x.split(200), y.split(200), causes.split(200), strict=True):
+        through.add(*part)
+    spread, goal = plain.centred().diagonal(), plain.goal_spread()
+    assert close(through.cross(), plain.cross(), goal, spread)
+    assert torch.equal(through.goal_mean, plain.goal_mean)
+    assert torch.equal(through.goal_spread(), plain.goal_spread())
+    assert torch.equal(through.centred(), plain.centred())
+    assert through.finite()
+    causes[899, 3] = float("nan")
+    through.add(x, y, causes)
+    assert not through.finite()
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
