@@ -130,7 +130,7 @@ class BundleReader:
             if weight is None:
                 raise CorruptArtifact(f"layers.json names {layer['name']}, but {file} holds no such weight.")
             zeros, weights = zeros + int((weight == 0).sum()), weights + weight.size
-            if layer["pattern"]:
+            if ":" in layer["pattern"]:
                 counts = _nonzeros(weight, int(layer["pattern"].split(":")[1]))
                 groups, bad = groups + counts.size, bad + int((counts > int(layer["pattern"].split(":")[0])).sum())
         return Zeros(file, groups, bad, zeros, weights)

@@ -10,6 +10,7 @@ from mpdeploy.recipe import Recipe
 # What an engine's target in a recipe is called in the table of targets.
 BY_ENGINE = {"sm80": "a100", "sm86": "a40", "sm89": "l4", "sm90": "h100", "cpu": "cpu"}
 ALWAYS = ("a100", "a40")
+ANYWHERE = "Unstructured zeros lie anywhere: no engine gains from them."
 
 
 @dataclass(frozen=True)
@@ -20,12 +21,14 @@ class LayerRow:
         name: its name in the network.
         kind: "linear" or "conv2d".
         shape: of its weight.
-        pattern: N:M, empty where it stays dense.
-        axis: the weight axis along which groups run, None where it stays dense.
+        pattern: N:M or "unstructured", empty where it stays dense or is still to be chosen.
+        candidates: the patterns of which one, or none, will be chosen by measurement; empty unless the recipe is mixed.
+        axis: the weight axis along which groups run, None where there are none.
         reason: why it stays dense.
         positions: output positions per image (tokens, or height times width).
         macs: multiply-accumulates per image, dense.
-        macs_after: those on weights that the pattern keeps; only 2:4 hardware really leaves the others out.
+        macs_after: those on weights that the pattern keeps; only 2:4 hardware really leaves the others out. None where
+            the pattern is still to be chosen.
         targets: {target: {eligible, rule, gain_low, gain_high, note}}.
     """
 
@@ -37,8 +40,9 @@ class LayerRow:
     reason: str
     positions: int
     macs: int
-    macs_after: int
+    macs_after: int | None
     targets: Mapping[str, Mapping[str, Any]]
+    candidates: tuple[str, ...] = ()
 
 
 def target_names(recipe: Recipe) -> list[str]:
@@ -57,6 +61,8 @@ def _on_target(layer: Mapping[str, Any], name: str, recipe: Recipe) -> dict[str,
     precision, batch = (engines[0].precision, engines[0].batch[1]) if engines else ("fp16", 32)
     if not layer["pattern"]:
         return {"eligible": False, "rule": layer["reason"], "gain_low": 1.0, "gain_high": 1.0, "note": ""}
+    if layer["pattern"] == "unstructured":
+        return {"eligible": False, "rule": ANYWHERE, "gain_low": 1.0, "gain_high": 1.0, "note": "Prune to 2:4."}
     target = targets.find(name)
     allowed = targets.eligibility(
         layer["kind"], tuple(layer["shape"]), layer["groups"], layer["pattern"], precision, target
@@ -79,14 +85,17 @@ class Preview:
     Attributes:
         rows: one per Linear and Conv2d, in execution order.
         macs: multiply-accumulates per image through the dense network, attention products included.
-        macs_after: the same less those on weights that the pattern removes.
+        macs_after: the same less those on weights that the pattern removes; the most that a budget of
+            multiply-accumulates allows where patterns are still to be chosen, None where it is one of weights.
         targets: the targets that the rows speak of.
+        note: what is decided by measurement, or why nothing gets faster; or "".
     """
 
     rows: tuple[LayerRow, ...]
     macs: int
-    macs_after: int
+    macs_after: int | None
     targets: tuple[str, ...]
+    note: str = ""
 
 
 def preview(recipe: Recipe) -> Preview:
@@ -100,41 +109,51 @@ def preview(recipe: Recipe) -> Preview:
 
     needs("plan", "torch", "timm")
     from mpdeploy.models import describe
-    from mpdeploy.pruning.layers import choose
     from mpdeploy.pruning.macs import count
+    from mpdeploy.pruning.measure import budget_of
+    from mpdeploy.stages.prune import candidates
 
     loaded = describe(recipe.source)
     size = loaded.preprocessing.input_size
-    prune = recipe.prune
-    layers = choose(
-        loaded.module,
-        prune.pattern,
-        prune.skip,
-        size,
-        keep_stem_dense=prune.keep_stem_dense,
-        keep_head_dense=prune.keep_head_dense,
-    )
+    table = recipe.prune.allocate
+    layers, fitting = candidates(loaded.module, recipe.prune, size)
     names = target_names(recipe)
-    rows = tuple(_row(layer, names, recipe) for layer in layers)
+    rows = tuple(_row(layer, fitting.get(layer.name, ()), names, recipe) for layer in layers)
     total = count(loaded.module, size).total
-    saved = sum(row.macs - row.macs_after for row in rows)
-    return Preview(rows, total, total - saved, tuple(names))
+    if table is None:
+        saved = sum(row.macs - (row.macs if row.macs_after is None else row.macs_after) for row in rows)
+        return Preview(rows, total, total - saved, tuple(names), ANYWHERE if recipe.prune.sparsity else "")
+    prunable = sum(row.macs for row in rows if row.candidates)
+    after = total - prunable + budget_of(layers, fitting, "macs", table.budget) if table.unit == "macs" else None
+    by = {"error": "measured error", "edge": "Marchenko-Pastur edge", "slack": "its share of the margins"}
+    what = "MACs" if table.unit == "macs" else "weights"
+    note = (
+        f"Each layer's pattern is chosen when pruning, by {by[table.ranking]}: at most {100 * table.budget:g} % of the "
+        f"{what} of the {len(fitting)} layers with a choice stay. A gain above is that of the layer as 2:4 if that is "
+        "one of its patterns."
+    )
+    return Preview(rows, total, after, tuple(names), note)
 
 
-def _row(layer: Any, names: Sequence[str], recipe: Recipe) -> LayerRow:
-    """Turn one layer's decision into a row of the plan."""
+def _row(layer: Any, fitting: Sequence[str], names: Sequence[str], recipe: Recipe) -> LayerRow:
+    """Turn one layer's decision, or its choices, into a row of the plan."""
     from mpdeploy.pruning.patterns import Pattern
 
-    density = Pattern.parse(layer.pattern).density if layer.pattern else 1.0
+    to_choose = tuple(fitting) if recipe.prune.allocate else ()
+    grouped = layer.pattern not in ("", "unstructured")
+    density = Pattern.parse(layer.pattern).density if grouped else 1.0
+    # What an engine makes of it is said for the choice that some engine gains from, if there is one.
+    shown = "2:4" if "2:4" in to_choose else next(iter(to_choose), layer.pattern)
     return LayerRow(
         name=layer.name,
         kind=layer.kind,
         shape=tuple(layer.shape),
         pattern=layer.pattern,
-        axis=1 if layer.pattern else None,
+        axis=1 if grouped or to_choose else None,
         reason=layer.reason,
         positions=layer.positions,
         macs=layer.macs,
-        macs_after=round(layer.macs * density),
-        targets=on_targets(asdict(layer), names, recipe),
+        macs_after=None if to_choose else round(layer.macs * density),
+        targets=on_targets({**asdict(layer), "pattern": shown}, names, recipe),
+        candidates=to_choose,
     )

@@ -103,27 +103,35 @@ def plan_tables(steps: Sequence[Step], preview: Preview) -> None:
     layers = table("Layers", ("layer", "kind", "shape", "pattern", "axis", "MACs", "after", *preview.targets, "note"),
                    right=("axis", "MACs", "after"))  # fmt: skip
     for row in preview.rows:
-        layers.add_row(*_layer_cells(row, preview.targets))
+        layers.add_row(*_layer_cells(row, preview.targets, preview.note))
     out.print(layers, "")
-    share = 100 * (1 - preview.macs_after / preview.macs)
+    if preview.note:
+        out.print(preview.note)
+    after = ""
+    if preview.macs_after is not None:
+        most = "at most " if any(row.candidates for row in preview.rows) else ""
+        share = 100 * (1 - preview.macs_after / preview.macs)
+        after = f", on kept weights {most}{preview.macs_after / 1e9:.3f} G (-{share:.2f} %)"
     out.print(
-        f"MACs per image: dense {preview.macs / 1e9:.3f} G, on kept weights {preview.macs_after / 1e9:.3f} G "
-        f"(-{share:.2f} %). Only 2:4 runs on sparse tensor cores; a gain below is an estimate, not a measurement."
+        f"MACs per image: dense {preview.macs / 1e9:.3f} G{after}. "
+        "Only 2:4 runs on sparse tensor cores; a gain is an estimate, not a measurement."
     )
 
 
-def _layer_cells(row: LayerRow, names: Sequence[str]) -> list[str]:
-    """Return the cells of one layer."""
-    cells = [row.name, row.kind, "x".join(map(str, row.shape)), row.pattern or "dense"]
-    cells += ["" if row.axis is None else str(row.axis), f"{row.macs / 1e6:.2f} M", f"{row.macs_after / 1e6:.2f} M"]
+def _layer_cells(row: LayerRow, names: Sequence[str], said: str) -> list[str]:
+    """Return the cells of one layer; the rule that is said below the table isn't repeated."""
+    pattern = " or ".join((*row.candidates, "dense")) if row.candidates else row.pattern or "dense"
+    after = "to choose" if row.macs_after is None else f"{row.macs_after / 1e6:.2f} M"
+    cells = [row.name, row.kind, "x".join(map(str, row.shape)), pattern]
+    cells += ["" if row.axis is None else str(row.axis), f"{row.macs / 1e6:.2f} M", after]
     notes = [row.reason] if row.reason else []
     for name in names:
         own = row.targets[name]
-        if not row.pattern:
+        if not row.pattern and not row.candidates:
             cells.append("-")
         elif not own["eligible"]:
             cells.append("no")
-            notes.append(f"{name}: {own['rule']}")
+            notes += [] if own["rule"] == said else [f"{name}: {own['rule']}"]
         elif own["gain_high"] <= 1.0:
             cells.append("about nothing")
         else:

@@ -8,7 +8,9 @@ producer is not repeated here. Files first, claims second:
 
     files, formats     the manifest lists exactly the files there are, and each is what it says; all of it parses
     digest             only with --expect: the manifest itself is the one that was announced
-    weights            the N:M pattern of every layer, along input channels, in weights/pruned and weights/tuned
+    weights            the N:M pattern of every layer, along input channels, in weights/pruned and weights/tuned; of an
+                       unstructured layer the number of its zeros
+    allocation         only of a mixed recipe: the patterns are its ranking's choice, their costs and sums are right
     sidecar, graph:*   the sparsity manifest against the ONNX bytes: consumer, axis, pattern, hash; nothing left out
     export:*           the ONNX weights are the certified ones; a folded BatchNorm may scale an output channel
     ids                calibration, certification and validation images are disjoint
@@ -583,6 +585,15 @@ def count_bad_groups(weight: Array, pattern: str, axis: int, where: str) -> int:
     return int((groups.sum(axis=1) > keep).sum())
 
 
+UNSTRUCTURED = "unstructured"  # the pattern of a layer whose zeros lie anywhere
+
+
+def check_zeros(weight: Array, layer: Mapping[str, Any], where: str) -> None:
+    """Refute unless a weight holds the zeros that an unstructured layer states; more of them are no lie."""
+    own = weight.size - np.count_nonzero(weight)
+    must(own >= layer["zeros"] > 0, f"{where} has {own} zeros, stated are {layer['zeros']}")
+
+
 def check_weights(bundle: Bundle) -> str:
     """Weights: pattern, shape, finiteness and density of every layer in the weights on disk."""
     layers = bundle.json("layers.json")
@@ -601,7 +612,9 @@ def check_weights(bundle: Bundle) -> str:
     pruned = sum(bool(layer["pattern"]) for layer in layers)
     if not pruned:
         raise Unchecked(f"none of the {len(layers)} layers claims a pattern")
-    return f"{pruned} layers hold their pattern along input channels, {len(layers) - pruned} are dense and say why"
+    anywhere = any(layer["pattern"] == UNSTRUCTURED for layer in layers)
+    what = "stated zeros, which lie anywhere" if anywhere else "pattern along input channels"
+    return f"{pruned} layers hold their {what}, {len(layers) - pruned} are dense and say why"
 
 
 def _check_layer(layer: Mapping[str, Any], states: Mapping[str, Mapping[str, Array]]) -> None:
@@ -616,6 +629,9 @@ def _check_layer(layer: Mapping[str, Any], states: Mapping[str, Mapping[str, Arr
         must(key in states[stage], f"weights/{stage} holds no {key}, which claims {pattern}")
         weight = states[stage][key]
         must(list(weight.shape) == list(layer["shape"]), f"{name} has shape {weight.shape}, stated is {layer['shape']}")
+        if pattern == UNSTRUCTURED:
+            check_zeros(weight, layer, f"{name} in weights/{stage}")
+            continue
         bad = count_bad_groups(weight, pattern, 1, f"{name} in weights/{stage}")
         must(bad == 0, f"{name} in weights/{stage} has {bad} groups along input channels that are not {pattern}")
     must(not layer["reason"], f"{name} is pruned and gives a reason why it is not")
@@ -625,6 +641,44 @@ def _check_layer(layer: Mapping[str, Any], states: Mapping[str, Mapping[str, Arr
     must(
         abs(layer["density"] - own) <= 1e-4, f"{name} states the density {layer['density']}, its weights have {own:.6f}"
     )
+
+
+# --------------------------------------------------------------------------------------------- the choice of patterns
+
+
+def check_allocation(bundle: Bundle) -> str:
+    """Allocation: the patterns are those that the recipe's ranking chose; costs, sums and budget are recomputed."""
+    made, asked = bundle.json("allocation.json"), _recipe(bundle)["prune"]["allocate"]
+    layers = {layer["name"]: layer for layer in bundle.json("layers.json")}
+    must(made["ranking"] == asked["ranking"] and made["unit"] == asked["unit"], "allocation.json is of another recipe")
+    costs, errors = {}, {}
+    for name, rows in made["layers"].items():
+        must("" in [row["pattern"] for row in rows], f"the choices of {name} leave out dense")
+        for row in rows:
+            must(row["pattern"] in ("", *asked["patterns"]), f"{name} may be {row['pattern']}, which nobody asked for")
+            costs[name, row["pattern"]] = own = _cost(layers[name], row["pattern"], made["unit"])
+            must_equal(row["cost"], own, f"the cost of {name} as {row['pattern'] or 'dense'}")
+            errors[name, row["pattern"]] = row["error"]
+    must_equal(made["dense"], sum(costs[name, ""] for name in made["layers"]), "the cost of the dense layers")
+    must_equal(made["budget"], round(asked["budget"] * made["dense"]), "the budget")
+    chosen = {name: layers[name]["pattern"] for name in made["layers"]}
+    rankings = {row["ranking"]: row for row in made["rankings"]}
+    must(rankings[made["ranking"]]["chosen"] == chosen, "the layers do not have the patterns that the ranking chose")
+    others = layers.keys() - chosen.keys()
+    must(all(not layers[name]["pattern"] for name in others), "a layer that had no choice is pruned")
+    for row in rankings.values():
+        picks = [(name, row["chosen"][name]) for name in made["layers"]]
+        must_equal(row["cost"], sum(costs[pick] for pick in picks), f"the cost of the ranking {row['ranking']}")
+        must_equal(row["measured"], sum(errors[pick] for pick in picks), f"the error of the ranking {row['ranking']}")
+        must(row["cost"] <= made["budget"], f"the ranking {row['ranking']} leaves {row['cost']}, over the budget")
+    return f"{len(chosen)} layers have what the ranking {made['ranking']} chose within the budget of {made['budget']}"
+
+
+def _cost(layer: Mapping[str, Any], pattern: str, unit: str) -> int:
+    """What a pattern leaves of a layer."""
+    dense = int(layer["macs"]) if unit == "macs" else math.prod(layer["shape"])
+    keep, group = map(int, pattern.split(":")) if pattern else (1, 1)
+    return dense - dense * (group - keep) // group
 
 
 # ------------------------------------------------------------------------------------- the sparsity manifest and graph
@@ -713,7 +767,8 @@ def check_graph(bundle: Bundle, name: str) -> str:
         )
     there = {entry["layer"] for entry in manifest["weights"]}
     for layer in layers.values():
-        must(not layer["pattern"] or layer["name"] in there, f"{name}: {layer['name']} is missing from the manifest")
+        grouped = layer["pattern"] not in ("", UNSTRUCTURED)
+        must(not grouped or layer["name"] in there, f"{name}: {layer['name']} is missing from the manifest")
     _check_export_facts(bundle, name, graph)
     twin = _check_twin(bundle, name, uses)
     sparse, dense = len(manifest["weights"]), len(manifest["dense"])
@@ -744,7 +799,10 @@ def _check_entry(
     )
     must(np.isfinite(array).all(), f"{where} is not finite everywhere")
     if not sparse:
-        must(entry["reason"] and not layer["pattern"], f"{where} is listed as dense, but layers.json claims a pattern")
+        if layer["pattern"] == UNSTRUCTURED:
+            check_zeros(array, layer, where)
+        grouped = layer["pattern"] not in ("", UNSTRUCTURED)
+        must(entry["reason"] and not grouped, f"{where} is listed as dense, but layers.json claims a pattern")
         return
     must(entry["pattern"] == layer["pattern"], f"{where} claims {entry['pattern']}, layers.json {layer['pattern']!r}")
     bad = count_bad_groups(array, entry["pattern"], own[0].axis, where)
@@ -793,7 +851,7 @@ EPSILONS = (1e-5, 1e-3, 1e-6, 1e-4, 1e-2, 1e-8, 1e-12)
 def check_export(bundle: Bundle, name: str) -> str:
     """Export: every weight, and every constant under a certified tensor's name, is the certified one."""
     graph, manifest, state = bundle.graph(name), _embedded(bundle, name), bundle.tensors("weights/tuned.safetensors")
-    if not manifest["weights"]:
+    if not manifest["weights"] and all(layer["pattern"] != UNSTRUCTURED for layer in bundle.json("layers.json")):
         raise Unchecked(f"{name} lists no sparse weight")
     entries = [*manifest["weights"], *manifest["dense"]]
     folded = sum(_check_same_weight(entry, graph, state, name) for entry in entries)
@@ -1492,11 +1550,21 @@ def verify(bundle: Path, expect: str | None = None) -> list[Finding]:
         ("verdict", check_verdict),
     ):
         findings.append(answer(claim, check, opened))
+    if _is_mixed(opened):
+        findings.append(answer("allocation", check_allocation, opened))
     for name in GRAPHS:
         if name in opened.files:
             findings.append(answer(f"graph:{name}", check_graph, opened, name))
             findings.append(answer(f"export:{name}", check_export, opened, name))
     return findings + _findings_per_engine(opened) + _findings_per_gate(opened)
+
+
+def _is_mixed(bundle: Bundle) -> bool:
+    """Tell whether the recipe asked for mixed patterns; what makes it unreadable is said by `policy`."""
+    try:
+        return bool(_recipe(bundle)["prune"]["pattern"] == "mixed")
+    except (Unchecked, Unreadable, LookupError, TypeError):
+        return False
 
 
 def _findings_per_engine(bundle: Bundle) -> list[Finding]:

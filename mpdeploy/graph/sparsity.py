@@ -24,6 +24,7 @@ Json = dict[str, Any]
 MANIFEST_KEY = "mpdeploy.sparsity"
 LAYER_KEY = "mpdeploy.layer"
 SCHEMA = 1
+UNSTRUCTURED = "unstructured"  # the pattern of a layer whose zeros lie anywhere: dense to every engine
 _PATTERN = re.compile(r"([1-9][0-9]*):([1-9][0-9]*)")
 _QUANTIZED = "_quantized"  # ONNX Runtime's quantiser appends it to the names of weights
 _PASSES = frozenset({"Identity", "Cast", "CastLike", "QuantizeLinear", "DequantizeLinear", "Transpose"})
@@ -225,7 +226,8 @@ def annotate(
 
     Args:
         model: A graph whose weight nodes name their torch layer, as `export_onnx` writes it.
-        layers: Per torch layer "name", "pattern" ("" = dense) and "reason" (why dense).
+        layers: Per torch layer "name", "pattern" ("" = dense; UNSTRUCTURED is listed as dense, with its reason) and
+            "reason" (why dense).
         permutations: Input-channel order per layer name, where channels were reordered before pruning.
 
     Raises:
@@ -239,7 +241,9 @@ def annotate(
     for use in weight_uses(model):
         layer = table.get(use.layer, {})
         pattern = str(layer.get("pattern", ""))
-        if pattern:
+        if pattern == UNSTRUCTURED:
+            dense.append({**_entry(use, use.layer), "reason": "its zeros lie anywhere, so no engine gains from them"})
+        elif pattern:
             order = orders.get(use.layer)
             permutation = None if order is None else [int(index) for index in order]
             weights.append(_sparse_entry(use, use.layer, pattern, permutation))
@@ -247,7 +251,8 @@ def annotate(
             reason = str(layer.get("reason", "")) or "not in the table of layers"
             dense.append({**_entry(use, use.layer), "reason": reason})
     found = {entry["layer"] for entry in weights}
-    _refuse_missing([name for name, layer in table.items() if layer.get("pattern") and name not in found])
+    grouped = [name for name, layer in table.items() if layer.get("pattern") not in (None, "", UNSTRUCTURED)]
+    _refuse_missing([name for name in grouped if name not in found])
     return _store(model, {"schema": SCHEMA, "weights": weights, "dense": dense})
 
 

@@ -57,7 +57,7 @@ def refit_rows(
     """
     if direct is None:
         kept = mask.sum(dim=1)
-        direct = gram.shape[0] <= DIRECT_INPUTS and bool((kept == kept[0]).all())
+        direct = gram.shape[0] <= DIRECT_INPUTS and bool(((kept == kept[0]) & (kept > 0)).all())
     if direct:
         fitted, iterations = _cholesky(target, mask, gram), 0
     else:

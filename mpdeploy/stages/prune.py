@@ -1,7 +1,7 @@
 """prune: zeros on the axis that the engines read, and an exact refit of what is left."""
 
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -44,7 +44,7 @@ def run(params: Params, given: Given, out: Path) -> Facts:
     from mpdeploy.models import rebuild
     from mpdeploy.pruning.capture import capture
     from mpdeploy.pruning.macs import count
-    from mpdeploy.pruning.reorder import reorder
+    from mpdeploy.pruning.reorder import Reordered, reorder
     from mpdeploy.pruning.solve import Settings, prune_network
 
     table, source = params.prune, given["source"]
@@ -53,6 +53,13 @@ def run(params: Params, given: Given, out: Path) -> Facts:
     module = rebuild(architecture, load_file(source.path("dense.safetensors"))).to(device)
     size = tuple(architecture["input_size"])
     layers, fitting = candidates(module, table, size)
+    if not fitting:
+        why = layers[0].reason if layers else "It has no Linear or Conv2d layer."
+        wanted = " or ".join(table.allocate.patterns) if table.allocate else table.pattern
+        raise RecipeError(
+            f"No layer of the network can be pruned to {wanted}: {why}",
+            hint="`mpdeploy plan` lists each layer with the rule that keeps it dense.",
+        )
     spectra = {name: _spectrum(module.get_submodule(name).weight) for name in fitting}
     settings = Settings(mask_method(table), table.refit, table.damping, table.precision)
     images = open_images(params.data, source)
@@ -62,25 +69,34 @@ def run(params: Params, given: Given, out: Path) -> Facts:
     allocation: dict[str, Any] = {"asked": False}
     if table.allocate:
         layers, allocation = _allocated(module, graph, batches, layers, fitting, spectra, settings, params, given)
+    masks: dict[str, torch.Tensor] = {}
+    orders = Reordered((), (), {}, 0.0)
+    if table.sparsity:
+        # No order is searched: such masks have no groups that an order could help.
+        layers, masks = _unstructured(module, table, layers, spectra)
+    else:
+        orders = reorder(
+            module,
+            graph,
+            batches,
+            layers,
+            iterations=table.permute,
+            seed=table.seed,
+            progress=lambda done, total: given.progress("ordering channels", done, total),
+        )
     chosen = {layer.name: layer for layer in layers if layer.pattern}
-    orders = reorder(
-        module,
-        graph,
-        batches,
-        layers,
-        iterations=table.permute,
-        seed=table.seed,
-        progress=lambda done, total: given.progress("ordering channels", done, total),
-    )
     results = prune_network(
         module,
         graph,
         batches,
         layers,
         settings=settings,
+        masks=masks,
         progress=lambda done, total: given.progress("pruning layers", done, total),
     )
     by_name = {result.name: asdict(result) for result in results}
+    for name, mask in masks.items():
+        by_name[name]["zeros"] = int((~mask).sum())
     save_file({k: v.detach().cpu().contiguous() for k, v in module.state_dict().items()}, out / "pruned.safetensors")
     spectra = {name: spectra[name] for name in chosen}
     save_arrays({name: s.eigenvalues.astype(np.float32) for name, s in spectra.items()}, out / "spectra.safetensors")
@@ -99,6 +115,7 @@ def run(params: Params, given: Given, out: Path) -> Facts:
         "macs": macs.total,
         "reordered": len(orders.couplings),
         "logit_change_of_reordering": orders.logit_change,
+        **({"note": "unstructured masks have no groups: channels keep their order"} if table.sparsity else {}),
     }
 
 
@@ -116,7 +133,7 @@ def candidates(
         The layers with the recipe's pattern, or for "mixed" as yet without one; and the patterns by layer.
 
     Raises:
-        RecipeError: no layer can be pruned, or a mixed recipe's budget is below the sparsest choice.
+        RecipeError: a mixed recipe's budget is below the sparsest choice.
     """
     from mpdeploy.pruning.layers import choose
     from mpdeploy.pruning.measure import check_budget, choose_among
@@ -129,13 +146,6 @@ def candidates(
     else:
         layers = choose(module, table.pattern, table.skip, size, keep_stem_dense=stem, keep_head_dense=head)
         fitting = {layer.name: (layer.pattern,) for layer in layers if layer.pattern}
-    if not fitting:
-        why = layers[0].reason if layers else "It has no Linear or Conv2d layer."
-        wanted = " or ".join(table.allocate.patterns) if table.allocate else table.pattern
-        raise RecipeError(
-            f"No layer of the network can be pruned to {wanted}: {why}",
-            hint="`mpdeploy plan` lists each layer with the rule that keeps it dense.",
-        )
     return layers, fitting
 
 
@@ -179,6 +189,28 @@ def _allocated(
     ranked = rank(found, budget_of(layers, fitting, table.unit, table.budget), weights, layer_weights)
     own = next(one for one in ranked if one.ranking == table.ranking)
     return with_patterns(layers, own.chosen), described(found, ranked, table.ranking, table.unit)
+
+
+def _unstructured(
+    module: "nn.Module", table: Prune, layers: "list[Layer]", spectra: Mapping[str, Any]
+) -> "tuple[list[Layer], dict[str, torch.Tensor]]":
+    """Choose one mask over all layers: the smallest weights of the network go, with SEB those smallest for their layer.
+
+    Returns:
+        The layers, dense where no weight goes; and the masks of the others.
+    """
+    from mpdeploy.pruning.layers import weight_of
+    from mpdeploy.pruning.unstructured import prune, seb_weights
+
+    assert table.sparsity is not None  # for the type checker: the caller asked
+    weights = {name: weight_of(module.get_submodule(name)) for name in spectra}
+    layer_weights = seb_weights(spectra, table.sparsity) if table.method == "seb" else None
+    masks = {name: m for name, m in prune(weights, table.sparsity, layer_weights).items() if not bool(m.all())}
+    reason = "None of its weights is among the smallest of the network."
+    return [
+        replace(layer, pattern="", reason=reason) if layer.pattern and layer.name not in masks else layer
+        for layer in layers
+    ], masks
 
 
 def _orders(orders: Any) -> dict[str, Any]:
@@ -246,7 +278,7 @@ def ensures(made: Artifact) -> None:
 
 
 def check_pattern(made: Artifact, file: str, layers: list[Mapping[str, Any]]) -> None:
-    """Re-read weights from disk and count groups that break the pattern.
+    """Re-read weights from disk and count groups that break the pattern, or the zeros of an unstructured layer.
 
     Raises:
         StageFailed: naming the first layer that breaks it, or a tensor that is not finite.
@@ -254,6 +286,7 @@ def check_pattern(made: Artifact, file: str, layers: list[Mapping[str, Any]]) ->
     import torch
     from safetensors.torch import load_file
 
+    from mpdeploy.pruning.layers import UNSTRUCTURED
     from mpdeploy.pruning.patterns import Pattern, bad_groups
 
     state = load_file(made.path(file))
@@ -261,7 +294,11 @@ def check_pattern(made: Artifact, file: str, layers: list[Mapping[str, Any]]) ->
         if not bool(torch.isfinite(tensor.float()).all()):
             raise StageFailed(f"{file}: the tensor {name} holds NaN or infinity.")
     for layer in layers:
-        if layer["pattern"]:
+        if layer["pattern"] == UNSTRUCTURED:
+            zeros = int((state[f"{layer['name']}.weight"] == 0).sum())
+            if zeros < layer["zeros"]:
+                raise StageFailed(f"{file}: {layer['name']} has {zeros} zeros, not the {layer['zeros']} it was given.")
+        elif layer["pattern"]:
             bad = bad_groups(state[f"{layer['name']}.weight"], Pattern.parse(layer["pattern"]))
             if bad:
                 raise StageFailed(f"{file}: {layer['name']} has {bad} groups that are not {layer['pattern']}.")

@@ -80,6 +80,7 @@ def _tuned(params: Params, given: Given) -> "tuple[dict[str, torch.Tensor], Tune
     from safetensors.torch import load_file
 
     from mpdeploy.models import rebuild
+    from mpdeploy.pruning.layers import UNSTRUCTURED
     from mpdeploy.pruning.patterns import Pattern
     from mpdeploy.tuning import distil
 
@@ -93,11 +94,8 @@ def _tuned(params: Params, given: Given) -> "tuple[dict[str, torch.Tensor], Tune
     teacher = rebuild(architecture, dense)
     pruned = load_file(given["prune"].path("pruned.safetensors"))
     student = rebuild(architecture, pruned)
-    patterns = {
-        layer["name"]: Pattern.parse(layer["pattern"])
-        for layer in given["prune"].json("layers.json")
-        if layer["pattern"]
-    }
+    pruned_as = {layer["name"]: layer["pattern"] for layer in given["prune"].json("layers.json") if layer["pattern"]}
+    patterns = {name: Pattern.parse(pattern) for name, pattern in pruned_as.items() if pattern != UNSTRUCTURED}
     images = open_images(params.data, given["source"])
     train, usable = images.dataset.train, images.training()
 
@@ -107,7 +105,7 @@ def _tuned(params: Params, given: Given) -> "tuple[dict[str, torch.Tensor], Tune
     history = distil(
         student,
         teacher,
-        {name: pruned[f"{name}.weight"] != 0 for name in patterns},
+        {name: pruned[f"{name}.weight"] != 0 for name in pruned_as},
         batch,
         np.asarray(train.labels)[usable],
         epochs=table.epochs,
