@@ -250,3 +250,18 @@ def test_only_the_first_images_decide_and_all_layers_may_stay_dense():
     reordered(first, images=many)
     reordered(second, images=many[:64])
     assert same_bits(first, second)
+
+
+def test_a_layer_that_takes_the_channels_in_at_several_places_is_judged_at_all_of_them(monkeypatch):
+    # Swin's patch merging reads four neighbours side by side.
+    model, skip = small_swin(), ("*attn*", "*mlp*")
+    (told,) = [one for one in reordered(model, skip=skip).reorderings if "reduction" in one.layers[0]]
+    with_search(monkeypatch, by_chance)
+    fresh = small_swin()
+    (chance,) = [one for one in reordered(fresh, skip=skip).reorderings if "reduction" in one.layers[0]]
+    with_search(monkeypatch, identity)
+    for network, one in ((model, told), (fresh, chance)):
+        (again,) = [other for other in reordered(network, skip=skip).reorderings if "reduction" in other.layers[0]]
+        expected = one.error_before if one.order is None else one.error_after
+        assert again.error_before == pytest.approx(expected, rel=1e-3)
+    assert told.order is not None or chance.order is not None
