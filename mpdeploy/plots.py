@@ -246,6 +246,26 @@ def spectra_summary(sigma: Floats, largest: Floats, spikes: Floats, *, kind: str
         return _inline(figure, "spectra", "Fitted noise level, largest eigenvalue and spikes of each layer", text)
 
 
+def allocation(bars: Sequence[tuple[str, float, bool]]) -> Markup:
+    """Draw the measured error of each choice of patterns: label, squared logit change per image, whether it decides."""
+    with mpl.rc_context(_STYLE):
+        figure = Figure(figsize=(4.3, 0.7 + 0.34 * len(bars)))
+        axes = figure.subplots()
+        figure.subplots_adjust(0.34, 0.45 / figure.get_figheight(), 0.9, 0.98)
+        most = max([error for _, error, _ in bars] + [1e-30])
+        for row, (_, error, decides) in enumerate(bars):
+            axes.barh(row, error, 0.62, color=ENGINE if decides else DENSE)
+            axes.text(error + 0.01 * most, row, f"{error:.3g}", va="center")
+        axes.set_yticks(range(len(bars)), [label for label, *_ in bars])
+        axes.tick_params(axis="y", length=0)
+        axes.set_ylim(len(bars) - 0.45, -0.55)
+        axes.set_xlim(0, 1.18 * most)
+        axes.locator_params(axis="x", nbins=4)
+        axes.set_xlabel("squared logit change per image")
+        text = "; ".join(f"{label} {error:.3g}{', which decides' if decides else ''}" for label, error, decides in bars)
+        return _inline(figure, "allocation", "Measured error of each choice of patterns within the budget", f"{text}.")
+
+
 def loss_curve(steps: Floats, losses: Floats) -> Markup:
     """Draw the training loss over the steps, and a running mean where there are enough of them."""
     with mpl.rc_context(_STYLE):

@@ -25,6 +25,7 @@ MOST_SPECTRA, SHOWN_SPECTRA = 24, 12
 STAGE_LABELS = {"dense": "dense", "pruned": "prune", "tuned": "tune", "engine": "export + engine"}
 SHORT_LABELS = {**STAGE_LABELS, "engine": "engine"}
 VERDICTS = {"holds": "May be released", "refuted": "Must not be released", "unchecked": "Not established"}
+RANKINGS = {"error": "measured error", "edge": "MP edge (SEB)", "slack": "share of margins"}
 # What each gate of a recipe is called, which way its limit points, and the filter that prints its numbers.
 GATES = {
     "max_accuracy_drop": ("Top-1 lost against the dense network", "≤", "points"),
@@ -59,6 +60,8 @@ def render(bundle: Path) -> str:
         "margins": _margins(read),
         "engines": _engines(read),
         "layers": _layers(read),
+        "allocation": _allocation(read),
+        "orders": _orders(read),
         "spectra": _spectra(read),
         "tuning": _tuning(read),
         "provenance": _provenance(read),
@@ -157,15 +160,17 @@ def _key_figures(bundle: BundleReader) -> list[dict[str, str]]:
 
 
 def _macs_left(layer: Mapping[str, Any]) -> float:
-    """MACs per image of a layer whose weights are not zero."""
-    return float(layer["macs"] * (layer["density"] if layer["pattern"] else 1.0))
+    """MACs per image of a layer whose weights are not zero; all where zeros lie anywhere, as no kernel skips those."""
+    return float(layer["macs"] * (layer["density"] if ":" in layer["pattern"] else 1.0))
 
 
 def _claims(bundle: BundleReader) -> list[tuple[str, str]]:
     """Return (ground, sentence) for each thing the page claims: proved, measured, not checked, or refuted."""
     zeros, row, counts = bundle.zeros, bundle.deployed, bundle.certificate.get("counts", {})
     claims = []
-    if not zeros.groups:
+    if any(layer["pattern"] == "unstructured" for layer in bundle.layers):
+        claims.append(_unstructured_claim(bundle))
+    elif not zeros.groups:
         claims.append(("not checked", "The N:M pattern of the weights: no pruned weights are in this bundle."))
     elif zeros.bad:
         claims.append(
@@ -200,6 +205,19 @@ def _claims(bundle: BundleReader) -> list[tuple[str, str]]:
         if other["id"] != bundle.deploy and not other["measured"]:
             claims.append(("not checked", f"Labels and speed of {other['id']}: {other['status']}."))
     return [(ground, re.sub(r"\.\.$", ".", sentence)) for ground, sentence in claims]
+
+
+def _unstructured_claim(bundle: BundleReader) -> tuple[str, str]:
+    """Return (ground, sentence) about zeros that lie anywhere, recounted from the weights."""
+    state = bundle.tensors(bundle.zeros.file) if bundle.zeros.file else {}
+    if not state:
+        return "not checked", "The zeros of the weights: no pruned weights are in this bundle."
+    rows = [layer for layer in bundle.layers if layer["pattern"] == "unstructured"]
+    short = [row["name"] for row in rows if int((state[f"{row['name']}.weight"] == 0).sum()) < row["zeros"]]
+    if short:
+        return "refuted", f"{count(len(short))} layers in {bundle.zeros.file} have fewer zeros than layers.json states."
+    text = f"All {count(len(rows))} pruned layers in {bundle.zeros.file} have the zeros that layers.json states"
+    return "proved", f"{text}, recounted from the bytes for this page. They lie anywhere: no engine gains from them."
 
 
 def _margins(bundle: BundleReader) -> dict[str, Any]:
@@ -311,8 +329,54 @@ def _latencies(bundle: BundleReader, rows: list[dict[str, Any]]) -> list[Any]:
 def _layers(bundle: BundleReader) -> dict[str, Any]:
     """Return the rows of the table of layers, and the targets that are its last columns."""
     targets = list(dict.fromkeys(target for layer in bundle.layers for target in layer.get("targets") or {}))
-    rows = [{**layer, "left": _macs_left(layer)} for layer in bundle.layers]
+    rows = [{**layer, "left": _macs_left(layer), "remark": _remark(layer)} for layer in bundle.layers]
     return {"rows": rows, "targets": targets, "pruned": sum(bool(layer["pattern"]) for layer in bundle.layers)}
+
+
+def _remark(layer: Mapping[str, Any]) -> str:
+    """Return why a layer is dense, what was unusual, and the damping of its refit."""
+    damping = "" if layer.get("damping") is None else f"damping {layer['damping']:g}"
+    return "; ".join(filter(None, (layer.get("reason"), layer.get("note"), damping)))
+
+
+def _allocation(bundle: BundleReader) -> dict[str, Any]:
+    """Return what each ranking chose and costs, where the recipe asked for mixed patterns."""
+    made = bundle.json("allocation.json")
+    if not made.get("asked"):
+        return {}
+    rankings = [
+        {**row, "label": RANKINGS[row["ranking"]], "decides": row["ranking"] == made["ranking"]}
+        for row in made["rankings"]
+    ]
+    uniform = [{**row, "fits": row["cost"] <= made["budget"]} for row in made["uniform"]]
+    rows = [
+        {
+            "name": name,
+            "chosen": [row["chosen"][name] or "dense" for row in rankings],
+            "differs": name in made["differences"],
+            "choices": [(one["pattern"], one["relative_error"]) for one in choices if one["pattern"]],
+        }
+        for name, choices in made["layers"].items()
+    ]
+    bars = [(row["label"], row["measured"], row["decides"]) for row in rankings]
+    bars += [(f"{row['pattern']} everywhere", row["measured"], False) for row in uniform if row["fits"]]
+    return {
+        **made,
+        "unit": {"macs": "MACs", "weights": "weights"}[made["unit"]],
+        "rows": rows,
+        "rankings": rankings,
+        "uniform": uniform,
+        "label": RANKINGS[made["ranking"]],
+        "figure": plots.allocation(bars),
+    }
+
+
+def _orders(bundle: BundleReader) -> dict[str, Any]:
+    """Return what became of each set of channels whose order was free."""
+    made = bundle.json("orders.json")
+    if not made.get("tried") and not made.get("refused"):
+        return {}
+    return {**made, "folded": sum(bool(row["order"]) for row in made["tried"])}
 
 
 def _spectra(bundle: BundleReader) -> dict[str, Any]:
