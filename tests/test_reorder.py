@@ -3,13 +3,12 @@ from dataclasses import replace
 
 import pytest
 import torch
-from pruning_networks import correlated_images, quiet, small_convnext, small_resnet, small_swin, small_vit
+from pruning_networks import captured, correlated_images, quiet, small_convnext, small_resnet, small_swin, small_vit
 from torch import nn
 from torch.nn import functional as F
 
 from mpdeploy.errors import StageFailed
 from mpdeploy.pruning import reorder as module
-from mpdeploy.pruning.capture import capture
 from mpdeploy.pruning.layers import choose
 from mpdeploy.pruning.permute import Search
 from mpdeploy.pruning.reorder import reorder
@@ -19,8 +18,9 @@ IMAGES = correlated_images(32)
 
 def reordered(model, *, pattern="2:4", images=IMAGES, iterations=12, skip=(), size=32, progress=quiet):
     layers = choose(model, pattern, list(skip), (3, size, size))
-    graph = capture(model, (3, size, size))
-    return reorder(model, graph, images.split(8), layers, iterations=iterations, seed=0, progress=progress)
+    return reorder(
+        model, captured(model, size), images.split(8), layers, iterations=iterations, seed=0, progress=progress
+    )
 
 
 def logits(model, images):
@@ -102,7 +102,7 @@ def test_the_error_of_an_order_is_the_one_found_when_it_has_been_folded(vit, mon
         assert seen.error_before == pytest.approx(expected, rel=1e-3)
 
 
-@pytest.mark.parametrize("build", [small_resnet, small_convnext, small_swin])
+@pytest.mark.parametrize("build", [small_resnet, small_convnext])
 def test_so_it_is_in_other_networks(build, monkeypatch):
     model = build()
     dense = logits(model, IMAGES)
@@ -218,7 +218,7 @@ def test_readers_with_different_patterns_are_refused():
     layers = choose(model, "2:4", [], (3, 32, 32))
     mixed = [replace(layer, pattern="4:8") if layer.name.endswith("fc1") else layer for layer in layers]
     found = reorder(
-        model, capture(model, (3, 32, 32)), [IMAGES], mixed, iterations=4, seed=0, progress=quiet
+        model, captured(model, 32), [IMAGES], mixed, iterations=4, seed=0, progress=quiet
     )  # fmt: skip
     (stream,) = [one for one in found.reorderings if one.kind == "residual"]
     assert stream.reason == "The layers that read these channels have different patterns."
@@ -255,13 +255,11 @@ def test_only_the_first_images_decide_and_all_layers_may_stay_dense():
 def test_a_layer_that_takes_the_channels_in_at_several_places_is_judged_at_all_of_them(monkeypatch):
     # Swin's patch merging reads four neighbours side by side.
     model, skip = small_swin(), ("*attn*", "*mlp*")
-    (told,) = [one for one in reordered(model, skip=skip).reorderings if "reduction" in one.layers[0]]
+    dense = logits(model, IMAGES)
     with_search(monkeypatch, by_chance)
-    fresh = small_swin()
-    (chance,) = [one for one in reordered(fresh, skip=skip).reorderings if "reduction" in one.layers[0]]
+    (told,) = [one for one in reordered(model, skip=skip).reorderings if "reduction" in one.layers[0]]
+    assert told.order is not None
+    assert float((logits(model, IMAGES) - dense).abs().max()) <= 1e-4 * float(dense.max() - dense.min())
     with_search(monkeypatch, identity)
-    for network, one in ((model, told), (fresh, chance)):
-        (again,) = [other for other in reordered(network, skip=skip).reorderings if "reduction" in other.layers[0]]
-        expected = one.error_before if one.order is None else one.error_after
-        assert again.error_before == pytest.approx(expected, rel=1e-3)
-    assert told.order is not None or chance.order is not None
+    (again,) = [one for one in reordered(model, skip=skip).reorderings if "reduction" in one.layers[0]]
+    assert again.error_before == pytest.approx(told.error_after, rel=1e-3)

@@ -2,13 +2,12 @@ import copy
 
 import pytest
 import torch
-from pruning_networks import NETWORKS, correlated_images, quiet, small_resnet, small_vit
+from pruning_networks import NETWORKS, captured, correlated_images, quiet, small_resnet, small_vit
 from torch import nn
 from torch.nn import functional as F
 
 from mpdeploy.errors import RecipeError, StageFailed
 from mpdeploy.pruning import solve as module
-from mpdeploy.pruning.capture import capture
 from mpdeploy.pruning.layers import choose
 from mpdeploy.pruning.masks import METHODS
 from mpdeploy.pruning.moments import Moments
@@ -23,7 +22,7 @@ def prune(model, batches, *, pattern="2:4", only=None, skip=(), size=32, progres
     layers = choose(model, pattern, list(skip), (3, size, size))
     if only:
         layers = [layer for layer in layers if layer.name in only]
-    graph = capture(model, (3, size, size))
+    graph = captured(model, size)
     return prune_network(model, graph, batches, layers, settings=Settings(**settings), progress=progress)
 
 
@@ -58,8 +57,9 @@ def shaken(model, images):
 # --- networks --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", NETWORKS)
-@pytest.mark.parametrize("method", ["magnitude", "admm"])
+@pytest.mark.parametrize(
+    ("name", "method"), [*((name, "admm") for name in NETWORKS), ("vit", "magnitude"), ("resnet", "activation")]
+)
 def test_every_chosen_layer_follows_the_pattern_and_the_refit_lowers_its_held_out_error(name, method):
     model = NETWORKS[name]()
     dense = copy.deepcopy(model.state_dict())
@@ -135,8 +135,7 @@ def test_grouped_and_depthwise_convolutions_are_left_alone():
 # --- errors that are reported ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("refit", [True, False])
-@pytest.mark.parametrize("method", ["activation", "admm"])
+@pytest.mark.parametrize(("method", "refit"), [("admm", True), ("admm", False), ("activation", True)])
 @pytest.mark.parametrize(
     ("build", "name"),
     [(small_vit, "blocks.0.mlp.fc1"), (small_vit, "blocks.1.mlp.fc2"), (small_resnet, "layer2.0.conv1")],
