@@ -18,27 +18,34 @@ class Moments:
     Products of a slice are taken in float32 about the first slice's means and summed in float64, so an entry of the
     scatter is good to about 1e-6 of sqrt(C_ii C_jj) even where a mean dwarfs the spread. Memory: 8 m^2 + 8 n m bytes
     for m inputs and n outputs, whatever the number of images.
+
+    Args:
+        through: weights [n, m] where the wanted outputs are these times other inputs, the causes, plus a constant. The
+            products are then taken with the causes, which is cheaper where n > m.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, through: Tensor | None = None) -> None:
         self.count = 0
-        self._x0 = self._y0 = self._x = self._y = self._xx = self._yx = self._yy = torch.empty(0)
+        self.through = through
+        self._x0 = self._y0 = self._c0 = self._x = self._y = self._c = torch.empty(0)
+        self._xx = self._cx = self._yy = torch.empty(0)
 
-    def add(self, inputs: Tensor, outputs: Tensor) -> None:
-        """Take in rows: inputs [r, m] and the outputs [r, n] that are wanted for them."""
+    def add(self, inputs: Tensor, outputs: Tensor, causes: Tensor | None = None) -> None:
+        """Take in rows: inputs [r, m], the outputs [r, n] that are wanted for them, and the causes [r, m] if any."""
+        causes = outputs if self.through is None or causes is None else causes
         if not self.count:
-            self._x0, self._y0 = inputs.mean(dim=0), outputs.mean(dim=0)
-            m, n = inputs.shape[1], outputs.shape[1]
-            self._x = inputs.new_zeros(m, dtype=torch.float64)
+            self._x0, self._y0, self._c0 = (rows.mean(dim=0) for rows in (inputs, outputs, causes))
+            m, n, k = inputs.shape[1], outputs.shape[1], causes.shape[1]
+            self._x, self._c = (inputs.new_zeros(size, dtype=torch.float64) for size in (m, k))
             self._y, self._yy = (inputs.new_zeros(n, dtype=torch.float64) for _ in range(2))
-            self._xx = inputs.new_zeros(m, m, dtype=torch.float64)
-            self._yx = inputs.new_zeros(n, m, dtype=torch.float64)
-        x, y = inputs - self._x0, outputs - self._y0
+            self._xx, self._cx = (inputs.new_zeros(size, m, dtype=torch.float64) for size in (m, k))
+        x, y, c = inputs - self._x0, outputs - self._y0, causes - self._c0
         self.count += len(x)
         self._x += x.sum(dim=0, dtype=torch.float64)
         self._y += y.sum(dim=0, dtype=torch.float64)
         self._yy += y.square().sum(dim=0, dtype=torch.float64)
-        self._yx += y.T @ x
+        self._c += c.sum(dim=0, dtype=torch.float64)
+        self._cx += c.T @ x
         stripe = -(-x.shape[1] // STRIPES)
         for first in range(0, x.shape[1], stripe):
             last = first + stripe
@@ -62,7 +69,8 @@ class Moments:
 
     def cross(self) -> Tensor:
         """Joint scatter of wanted outputs and inputs about their means, float64 [n, m]."""
-        return self._yx - torch.outer(self._y, self._x / self.count)
+        product = self._cx - torch.outer(self._c, self._x / self.count)
+        return product if self.through is None else self.through.double() @ product
 
     def goal_spread(self) -> Tensor:
         """Scatter of each wanted output about its mean, float64 [n]."""
@@ -72,19 +80,9 @@ class Moments:
         """Sum of squares of each input, float64 [m]: the diagonal of H = X X^T."""
         return (self._xx.diagonal() - self._x.square() / self.count).clamp_min(0) + self.count * self.mean.square()
 
-    def reordered(self, order: Tensor) -> "Moments":
-        """The same moments with the inputs in another order: new input i is old input order[i]."""
-        other = Moments()
-        other.count = self.count
-        other._x0, other._x, other._yx = self._x0[order], self._x[order], self._yx[:, order]
-        upper = self._xx.triu()
-        other._xx = (upper + upper.triu(1).T)[order][:, order]
-        other._y0, other._y, other._yy = self._y0, self._y, self._yy
-        return other
-
     def finite(self) -> bool:
         """Whether no NaN or infinity was among the rows: one of them anywhere ends up in the sums."""
-        return all(bool(torch.isfinite(values).all()) for values in (self.mean, self._yx, self._yy))
+        return all(bool(torch.isfinite(values).all()) for values in (self.mean, self._cx, self._yy))
 
 
 def layer_rows(node: fx.Node, inputs: Tensor, outputs: Tensor, keep: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:

@@ -7,6 +7,7 @@ makes up for what the layers before it got wrong. Mask, damping, refit and bias 
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import repeat
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor, fx, nn
 
 from mpdeploy.errors import RecipeError, StageFailed
 from mpdeploy.pruning.branches import Landing, landing
-from mpdeploy.pruning.capture import Stream, layer_nodes, state_of
+from mpdeploy.pruning.capture import Stream, layer_nodes, state_of, weight_name
 from mpdeploy.pruning.layers import Layer, weight_of
 from mpdeploy.pruning.masks import METHODS, Choice, choose_mask
 from mpdeploy.pruning.moments import Moments, layer_rows
@@ -25,6 +26,7 @@ HELD_OUT_EVERY = 4  # each fourth image judges what the other three decided
 ROWS = 1 << 15  # positions that one layer's moments are taken over, or 8 per input if that is more
 MOST = 100.0  # a BatchNorm's variance changes by at most this factor
 STATIONARY = 1e-2  # a refit whose optimality condition misses this is not used
+ROUGH = 1e-2  # residual to which a damping is tried
 CLOSE = 3e-3  # residual to which the refit goes: at most 0.5 % more error than the exact minimum
 
 
@@ -102,13 +104,12 @@ class Problem:
             scatter += moments.count * torch.outer(moments.mean, moments.mean)
             cross += moments.count * torch.outer(moments.goal_mean, moments.mean)
             spread = spread + moments.count * moments.goal_mean.square()
-        self.weight = weight.to(kind)
-        self.scatter = scatter.to(kind)
+        self.weight, self.scatter, cross = weight.to(kind), scatter.to(kind), cross.to(kind)
         # What is wanted beyond W x: zero where both networks are the same, so errors don't drown in rounding.
-        dense = weight.double()
-        own = dense @ scatter
-        self.beyond = (cross - own).to(kind)
-        self.floor = float((spread - 2 * (dense * cross).sum(dim=1) + (dense * own).sum(dim=1)).clamp_min(0).sum())
+        self.own = self.weight @ self.scatter
+        self.beyond = cross - self.own
+        known = (self.weight * (self.own - 2 * cross)).sum(dim=1, dtype=torch.float64)
+        self.floor = float((spread + known).clamp_min(0).sum())
 
     def wrong(self, candidate: Tensor, offset: Tensor) -> float:
         """Squared error of weights [O, m], summed over rows and outputs.
@@ -130,9 +131,10 @@ class Problem:
         """
         gram = self.scatter.clone()
         diagonal = gram.diagonal()
-        diagonal += share * diagonal.mean()
-        diagonal[diagonal <= 0] = 1.0
-        return gram, self.weight @ gram + self.beyond
+        ridge = torch.full_like(diagonal, share * float(diagonal.mean()))
+        ridge[diagonal + ridge <= 0] = 1.0
+        diagonal += ridge
+        return gram, self.own + self.beyond + self.weight * ridge
 
 
 @dataclass(frozen=True)
@@ -216,17 +218,21 @@ def _best_refit(
     if bare.before is None:
         why = "The refit was not kept: the layer's output is zero on the held-out images, so nothing can judge it."
         return bare, [why]
-    best, start, refused = bare, choice.start, []
+    tries, start = [], choice.start
     for damping in dampings:
-        gram, target = problem.damped(damping)
-        fitted = refit_rows(target, choice.mask, gram, start=start, tolerance=CLOSE)
-        start = fitted.weight
-        error = error_of(fitted.weight)
-        if why := _why_not_kept(fitted, bare.before, error):
-            refused.append(why)
-        elif best.damping is None or (error is not None and best.after is not None and error < best.after):
-            best = Solved(fitted.weight, bare.before, error, damping, "")
-    return best, refused[:1] if best.damping is None else []
+        start = _refit(problem, choice.mask, damping, start, ROUGH).weight
+        tries.append((error_of(start), damping, start))
+    _, damping, start = min(tries, key=lambda found: (found[0] is None, found[0]))
+    fitted = _refit(problem, choice.mask, damping, start, CLOSE)
+    after = error_of(fitted.weight)
+    if why := _why_not_kept(fitted, bare.before, after):
+        return bare, [why]
+    return Solved(fitted.weight, bare.before, after, damping, ""), []
+
+
+def _refit(problem: Problem, mask: Tensor, damping: float, start: Tensor, tolerance: float) -> Refit:
+    gram, target = problem.damped(damping)
+    return refit_rows(target, mask, gram, start=start, tolerance=tolerance)
 
 
 def _why_not_kept(fitted: Refit, before: float, after: float | None) -> str:
@@ -324,14 +330,18 @@ def look(
     """
     dense.advance(node)
     pruned.advance(node)
-    inputs = pruned.argument(node, 0)
+    inputs, causes = pruned.argument(node, 0), dense.argument(node, 0)
     dense.advance(node, through=True)
     wanted = landed.wanted(dense, pruned, dense.output(node))
-    keep = -(-max(ROWS, 8 * node.args[1].meta["val"][0].numel()) // images)  # type: ignore[union-attr]
-    fit, held = Moments(), Moments()
-    for place, (x, y) in enumerate(zip(inputs, wanted, strict=True)):
-        for rows in layer_rows(node, x, y, keep, seed * 1_000_003 + place):
-            (fit if place < fitting else held).add(*rows)
+    weight = dense.state[str(weight_name(node))]
+    own = weight.ndim == 2 and landed.other is None and len(weight) > weight.shape[1]
+    keep = -(-max(ROWS, 8 * weight[0].numel()) // images)
+    fit, held = (Moments(weight if own else None) for _ in range(2))
+    for place, (x, y, c) in enumerate(zip(inputs, wanted, causes, strict=True)):
+        draw = seed * 1_000_003 + place
+        reasons = [rows for rows, _ in layer_rows(node, c, y, keep, draw)] if own else repeat(None)
+        for (rows, goals), reason in zip(layer_rows(node, x, y, keep, draw), reasons, strict=False):
+            (fit if place < fitting else held).add(rows, goals, reason)
     return fit, held
 
 
