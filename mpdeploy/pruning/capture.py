@@ -137,7 +137,11 @@ class Stream:
     def branch(self) -> "Stream":
         """A second stream at the same place; both go on from here on their own."""
         other = copy.copy(self)
-        other.values = [dict(values) for values in self.values]
+        # Copied, as operations may write in place; with one memo, so that views stay views of the same storage.
+        other.values = []
+        for values in self.values:
+            memo: dict[int, Any] = {}
+            other.values.append({node: copy.deepcopy(value, memo) for node, value in values.items()})
         return other
 
     def _run(self, node: fx.Node, values: dict[fx.Node, Any]) -> None:
