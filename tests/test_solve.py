@@ -148,7 +148,7 @@ def test_the_reported_error_is_the_one_measured_on_the_held_out_images(build, na
     layer, sparse = dense.get_submodule(name), model.get_submodule(name)
 
     def without_bias(weights, x):
-        given = weights.weight.double()
+        given = weights.weight.detach().double()
         return (
             x @ given.T if given.ndim == 2 else F.conv2d(x, given, None, sparse.stride, sparse.padding).movedim(1, -1)
         )
@@ -256,6 +256,25 @@ def test_mean_outputs_on_the_pruned_networks_inputs_are_the_wanted_ones(init_val
         )
         assert float((theirs - ours).abs().max()) > 1e-4
         assert torch.allclose(theirs.flatten(0, -2).mean(dim=0), ours.flatten(0, -2).mean(dim=0), atol=1e-5)
+
+
+@pytest.mark.parametrize("init_values", [None, 0.1])
+def test_the_next_branch_repairs_a_harmed_residual_stream(init_values):
+    model, images = small_vit(depth=1, init_values=init_values), correlated_images(32)
+    dense, shift = copy.deepcopy(model), torch.linspace(-1, 1, 64)
+
+    def harm(done, total):
+        if done == 2:  # the attention's projection has been pruned, the MLP comes next
+            with torch.no_grad():
+                model.blocks[0].attn.proj.bias += shift
+
+    prune(model, images.split(8), progress=harm)
+    means = [
+        [seen_by(network, name, images)[place].flatten(0, 1).mean(dim=0) for network in (dense, model)]
+        for name, place in (("blocks.0.norm2", 0), ("blocks.0", 1))
+    ]
+    assert torch.allclose(means[0][1] - means[0][0], (init_values or 1.0) * shift.double(), atol=1e-4)
+    assert torch.allclose(means[1][0], means[1][1], atol=1e-5)
 
 
 @pytest.mark.parametrize("trained", [True, False])
