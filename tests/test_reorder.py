@@ -248,7 +248,7 @@ def test_only_the_first_images_decide_and_all_layers_may_stay_dense():
     many = correlated_images(80, seed=2)
     first, second = small_vit(depth=1), small_vit(depth=1)
     reordered(first, images=many)
-    reordered(second, images=many[:64])
+    reordered(second, images=many[: module.IMAGES])
     assert same_bits(first, second)
 
 
