@@ -27,9 +27,8 @@ def test_all_mistakes_are_reported_at_once_with_the_nearest_key(tmp_path):
     path = written(
         tmp_path,
         lambda text: (
-            text.replace('pattern = "2:4"', 'patern = "2:4"')
+            text.replace('pattern = "2:4"', 'patern = "2:4"\nmethod = "activations"')
             .replace("epochs = 1", "epochs = 9")
-            .replace('pattern = "2:4"', 'pattern = "2:4"\nmethod = "activations"')
             .replace("[certify]\nreserve = 0.01\n", "")
         ),
     )
@@ -108,3 +107,35 @@ def test_the_schema_names_every_table_of_the_quickstart():
     schema = Recipe.model_json_schema(by_alias=True)
     assert set(tomllib.loads(QUICKSTART.read_text())) <= set(schema["properties"])
     assert schema["additionalProperties"] is False
+
+
+@pytest.mark.parametrize(
+    ("sets", "sentence"),
+    [
+        (["prune.pattern=mixed"], r'"mixed" and the table prune\.allocate need each other'),
+        (["prune.allocate={budget=0.6}"], r'"mixed" and the table prune\.allocate need each other'),
+        (["prune.pattern=mixed", "prune.allocate={budget=1.0}"], r"prune\.allocate\.budget: .* less than 1, not 1\.0"),
+        (["prune.pattern=mixed", 'prune.allocate={budget=0.6,patterns=["4:2"]}'], "0 < N < M, .* not 4:2"),
+        (["prune.pattern=mixed", 'prune.allocate={budget=0.6,patterns=["2:4","2:4"]}'], "names a pattern twice"),
+        (["prune.pattern=mixed", "prune.allocate={budjet=0.6}"], r"no such key \(did you mean budget\?\)"),
+        (["prune.pattern=unstructured", "prune.method=seb"], r"prune\.sparsity need each other"),
+        (["prune.sparsity=0.5"], r"prune\.sparsity need each other"),
+        (["prune.pattern=unstructured", "prune.sparsity=0.5"], '"seb" or "magnitude", not "admm"'),
+        (["prune.method=seb"], 'set pattern = "unstructured"'),
+        (
+            ["prune.pattern=unstructured", "prune.sparsity=0.5", "prune.method=seb", "tune.refresh=5"],
+            r"tune\.refresh: masks are searched by N:M groups",
+        ),
+    ],
+)
+def test_mixed_and_unstructured_keys_go_together(sets, sentence):
+    with pytest.raises(RecipeError, match=sentence):
+        load_recipe(QUICKSTART, sets)
+
+
+def test_a_mixed_and_an_unstructured_recipe_lock_and_round_trip():
+    mixed = load_recipe(QUICKSTART, ["prune.pattern=mixed", "prune.allocate={budget=0.6}"]).written
+    assert mixed.prune.allocate.patterns == ("12:16", "2:4") and mixed.prune.allocate.ranking == "error"
+    anywhere = load_recipe(QUICKSTART, ["prune.pattern=unstructured", "prune.sparsity=0.5", "prune.method=seb"]).written
+    for recipe in (mixed, anywhere):
+        assert Recipe.model_validate_json(json.dumps(recipe.locked())).locked() == recipe.locked()
