@@ -171,12 +171,25 @@ class Tune(Table):
     refresh: Annotated[int, Field(ge=0)] = Field(
         0, description="Steps between searches for better masks, in the first epoch only; 0 keeps the masks."
     )
+    # Off: in measurements so far a cycle gains nothing over tuning a good mask for as many steps.
+    restore: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(
+        0.0, description="Share of the kept weights put at stake before tuning, inside the N:M groups; 0 is off."
+    )
+    restore_steps: Count = Field(50, description="Steps in which only what may come back is trained.")
     flip: bool = Field(False, description="Flip images left to right at random.")
     precision: Literal["auto", "fp32", "bf16"] = Field(
         "auto", description="auto: bf16 mixed precision on a GPU that has it, else fp32."
     )
     seed: Annotated[int, Field(ge=0)] = 0
     device: Literal["cpu", "cuda"] = "cpu"
+
+    @model_validator(mode="after")
+    def _restored_is_tuned(self) -> "Tune":
+        if self.restore and not self.epochs:
+            raise ValueError("restore needs epochs of at least 1, because restored weights have yet to be tuned")
+        if self.restore and self.refresh:
+            raise ValueError("restore and refresh both change the masks: set one of them to 0")
+        return self
 
 
 class Certify(Table):
@@ -281,6 +294,8 @@ class Recipe(Table):
     def _masks_can_change(self) -> "Recipe":
         if self.tune.refresh and self.prune.pattern == "unstructured":
             raise ValueError("tune.refresh: masks are searched by N:M groups, which unstructured pruning has none of")
+        if self.tune.restore and self.prune.pattern == "unstructured":
+            raise ValueError("tune.restore: weights return inside N:M groups, which unstructured pruning has none of")
         return self
 
     def locked(self) -> dict[str, Any]:

@@ -6,10 +6,10 @@
     teacher      the dense network's outputs, each computed once where they can be kept
     loss         what is minimised
     features     where inside the networks outputs are compared
-    masks        which weights may be nonzero, and how the first epoch may change that
+    masks        which weights may be nonzero, how the first epoch may change that, and which entries move alone
     checkpoint   what a killed run goes on from
     team         one process, or several under torchrun that do the same steps together
-    train        `distil`, which puts them together
+    train        `distil` and `grow`, which put them together
 
 Every random number is a function of (seed, epoch, step), so a checkpoint needs no generator state: a killed run that
 resumes gives, on the CPU, the bits of a run that was never killed.
@@ -17,6 +17,6 @@ resumes gives, on the CPU, the bits of a run that was never killed.
 
 from mpdeploy.tuning.loss import distillation_loss
 from mpdeploy.tuning.samples import learning_rate
-from mpdeploy.tuning.train import TuneHistory, distil
+from mpdeploy.tuning.train import TuneHistory, distil, grow
 
-__all__ = ["TuneHistory", "distil", "distillation_loss", "learning_rate"]
+__all__ = ["TuneHistory", "distil", "distillation_loss", "grow", "learning_rate"]

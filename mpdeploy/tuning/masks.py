@@ -1,5 +1,7 @@
 """Which weights may be nonzero: fixed from the start, or searched again while the first epoch runs.
 
+`Reservoir` is for the phase of a prune-restore cycle (`mpdeploy.pruning.restore`) in which some entries alone move.
+
 The search follows SR-STE (Zhou et al., "Learning N:M fine-grained structured sparse neural networks from scratch",
 ICLR 2021): a dense-shaped shadow of each pruned weight is trained; the forward pass sees its N:M projection, the shadow
 gets the gradient of that projection straight through, and its dropped entries decay. Three things differ, because here
@@ -8,7 +10,8 @@ entry's score is |w| times the root of its mean squared gradient (AdamW's second
 the solver's |w| times the input's root mean square does; and the decay is stated in the layer's own scale.
 """
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -100,6 +103,41 @@ class Masks:
             self.shadows = {name: shadow for name, shadow in self.shadows.items() if f"shadow/{name}" in tensors}
 
 
+class Reservoir(Masks):
+    """Lets some entries of some weights move; after every step the others are what they were, bit for bit.
+
+    Args:
+        student: the network, on the training device.
+        moving: by layer, true where an entry of its weight may change.
+    """
+
+    def __init__(self, student: nn.Module, moving: Mapping[str, Tensor]) -> None:
+        super().__init__(student, moving, {}, 0, 0)
+        self.moving = self.masks
+        self.start = {name: weight.detach().clone() for name, weight in self.weights.items()}
+        self.masks = {name: self.moving[name] | (start != 0) for name, start in self.start.items()}
+
+    @torch.no_grad()
+    def close(self, done: int, rate: float, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+        """After an optimiser step: put back what had to stay; no mask changes."""
+        for name, weight in self.weights.items():
+            weight.copy_(torch.where(self.moving[name], weight, self.start[name]))
+        return {}
+
+    @contextlib.contextmanager
+    def alone(self, student: nn.Module) -> Iterator[None]:
+        """Inside: only these weights take gradients, so no other parameter moves."""
+        before = [(value, value.requires_grad) for value in student.parameters()]
+        try:
+            student.requires_grad_(False)
+            for weight in self.weights.values():
+                weight.requires_grad_(True)
+            yield
+        finally:
+            for value, required in before:
+                value.requires_grad_(required)
+
+
 def _rms_of_kept(weight: Tensor, mask: Tensor) -> Tensor:
     return (weight.square().sum() / mask.sum().clamp_min(1)).sqrt()
 
@@ -108,11 +146,11 @@ def _projection(score: Tensor, pattern: Pattern) -> Tensor:
     return from_rows(project(as_rows(score), pattern), score.shape)
 
 
-def check_masks(student: nn.Module, masks: Mapping[str, Tensor]) -> None:
-    """Compare masks with the weights they apply to.
+def check_shapes(student: nn.Module, masks: Mapping[str, Tensor]) -> None:
+    """Refuse masks that don't fit.
 
     Raises:
-        StageFailed: a mask has no weight of its shape, or a weight that it drops is not zero.
+        StageFailed: a mask is not boolean, or has no weight of its shape.
     """
     parameters = dict(student.named_parameters())
     for name, mask in masks.items():
@@ -122,6 +160,17 @@ def check_masks(student: nn.Module, masks: Mapping[str, Tensor]) -> None:
             raise StageFailed(
                 f"The mask of layer {name!r} ({mask.dtype}, {list(mask.shape)}) does not fit: the network has {found}."
             )
+
+
+def check_masks(student: nn.Module, masks: Mapping[str, Tensor]) -> None:
+    """Compare masks with the weights they apply to.
+
+    Raises:
+        StageFailed: a mask doesn't fit, or a weight that it drops is not zero.
+    """
+    check_shapes(student, masks)
+    for name, mask in masks.items():
+        weight = student.get_parameter(f"{name}.weight")
         bad = int(((weight != 0) & ~mask.to(weight.device)).sum())
         if bad:
             raise StageFailed(f"{bad} weights of layer {name!r} are not zero although its mask drops them.")

@@ -22,6 +22,7 @@ class Course:
         epochs: passes over the samples.
         seed: decides order and flips.
         flip: mirror each image left to right with probability one half.
+        limit: steps at most, where a run ends within an epoch; None ends with the last epoch.
     """
 
     count: int
@@ -29,6 +30,7 @@ class Course:
     epochs: int
     seed: int
     flip: bool
+    limit: int | None = None
 
     @property
     def per_epoch(self) -> int:
@@ -38,7 +40,8 @@ class Course:
     @property
     def steps(self) -> int:
         """Steps in all."""
-        return self.epochs * self.per_epoch
+        whole = self.epochs * self.per_epoch
+        return whole if self.limit is None else min(whole, self.limit)
 
     @property
     def variants(self) -> int:

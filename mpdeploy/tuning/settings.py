@@ -36,6 +36,7 @@ def check_settings(settings: Settings, course: Course, checkpoint_every: int) ->
     """Refuse settings out of range; written so that NaN is out of range."""
     demands = {
         "epochs must be at least 0": course.epochs >= 0,
+        "steps must be at least 1": course.limit is None or course.limit >= 1,
         "lr must be a positive number": 0 < settings.lr < math.inf,
         "batch must be at least 1": course.batch >= 1,
         "seed must be at least 0": course.seed >= 0,

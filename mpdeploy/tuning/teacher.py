@@ -43,7 +43,7 @@ class Teacher:
         features: bool,
     ) -> None:
         self._forward, self._load, self._course, self._team = forward, load, course, team
-        self._keeps = course.epochs > 1 and not features
+        self._keeps = course.steps > course.per_epoch and not features
         self._kept: Tensor | None = None
         self._known: NDArray[np.bool_] = np.zeros((0, 0), np.bool_)
         self._first: Indices = np.zeros((0, 0), np.int64)

@@ -1,11 +1,11 @@
-"""`distil`: the loop over the steps."""
+"""`distil`, and `grow` for some entries alone: the loop over the steps."""
 
 import contextlib
 import hashlib
 import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from mpdeploy.pruning.patterns import Pattern
 from mpdeploy.tuning.checkpoint import Folder
 from mpdeploy.tuning.features import Tapped, find_blocks
 from mpdeploy.tuning.loss import distillation_loss, feature_loss
-from mpdeploy.tuning.masks import Masks, check_masks, check_search
+from mpdeploy.tuning.masks import Masks, Reservoir, check_masks, check_search, check_shapes
 from mpdeploy.tuning.run import Run
 from mpdeploy.tuning.samples import Course, Indices, learning_rate
 from mpdeploy.tuning.settings import Settings, check_settings, identity_of
@@ -63,6 +63,7 @@ class _Loop:
     load: Load
     labels: NDArray[np.int64]
     device: torch.device
+    identity: str
     folder: Folder | None
     every: int
     progress: Progress
@@ -144,29 +145,129 @@ def distil(
     check_settings(settings, course, checkpoint_every)
     if epochs == 0:
         return TuneHistory((), (), 0, None)
-    if not len(labels):
-        raise StageFailed("There are no samples to tune on.")
+    _check_samples(labels)
     check_masks(student, masks)
     until, patterns = min(course.per_epoch, course.steps // 2), patterns or {}
     check_search(refresh, until, masks, patterns)
-    team, place = Team.current(), torch.device(device)
-    identity = identity_of(settings, course, student, masks, labels)
+    loop = _loop(student, masks, images, labels, settings, course, device, checkpoint, checkpoint_every, progress)
+    with _placed(student, teacher, loop.device):
+        run = Run(student, Masks(student, masks, patterns, refresh, until), settings, loop.team)
+        resumed_at = _fit(run, teacher, loop)
+    steps = tuple(range(1, len(run.losses) + 1))
+    return TuneHistory(steps, tuple(run.losses), epochs, resumed_at, tuple(run.refreshes), run.blocks)
+
+
+def grow(
+    student: nn.Module,
+    teacher: nn.Module,
+    moving: Mapping[str, Tensor],
+    images: Callable[[NDArray[np.int64]], Tensor],
+    labels: NDArray[np.int64],
+    *,
+    steps: int,
+    lr: float,
+    batch: int,
+    seed: int,
+    temperature: float = 2.0,
+    hard_weight: float = 0.5,
+    feature_weight: float = 0.0,
+    flip: bool = False,
+    precision: str = "fp32",
+    device: str = "cpu",
+    checkpoint: Path | None = None,
+    progress: Progress,
+) -> tuple[float, ...]:
+    """Train some entries of some weights in place; all else of the student stays as it is, bit for bit.
+
+    As `distil` does it, with its order of samples and its loss, but without weight decay or a moving average: both
+    would hide how far an entry moves by itself. The phase is short, so there is one checkpoint, when it is over: a run
+    killed before that repeats it, one killed later takes it from there (on a GPU a repetition may differ in last bits,
+    and with them in the masks that follow from it).
+
+    Args:
+        student: the pruned network; on its own device and in eval mode afterwards.
+        teacher: the dense network; unchanged.
+        moving: by layer the boolean mask of its weight, true where an entry may change.
+        images: as for `distil`.
+        labels: as for `distil`.
+        steps: optimiser steps; the samples are gone through as often as that takes.
+        lr: as for `distil`, as is all that follows.
+        batch: samples per step.
+        seed: decides order, flips and dropout.
+        temperature: softens outputs.
+        hard_weight: of the cross-entropy.
+        feature_weight: of the features.
+        flip: mirror at random.
+        precision: "fp32" or "bf16".
+        device: where to train.
+        checkpoint: a folder of its own for the result; None keeps none.
+        progress: told (steps done, steps in all).
+
+    Returns:
+        The loss before each step.
+
+    Raises:
+        RecipeError: as for `distil`.
+        StageFailed: as for `distil`.
+        CorruptArtifact: as for `distil`.
+    """
+    settings = Settings(lr, temperature, hard_weight, feature_weight, 0.0, 0.0, 0, precision)
+    course = Course(len(labels), batch, 1, seed, flip, steps)
+    check_settings(settings, course, steps)
+    _check_samples(labels)
+    check_shapes(student, moving)
+    course = replace(course, epochs=-(-steps // course.per_epoch))
+    loop = _loop(student, moving, images, labels, settings, course, device, checkpoint, steps, progress)
+    with _placed(student, teacher, loop.device):
+        reservoir = Reservoir(student, moving)
+        run = Run(student, reservoir, settings, loop.team)
+        with reservoir.alone(student):
+            _fit(run, teacher, loop)
+    return tuple(run.losses)
+
+
+def _check_samples(labels: NDArray[np.int64]) -> None:
+    if not len(labels):
+        raise StageFailed("There are no samples to tune on.")
+
+
+def _loop(
+    student: nn.Module,
+    masks: Mapping[str, Tensor],
+    images: Callable[[NDArray[np.int64]], Tensor],
+    labels: NDArray[np.int64],
+    settings: Settings,
+    course: Course,
+    device: str,
+    checkpoint: Path | None,
+    every: int,
+    progress: Progress,
+) -> _Loop:
+    place, identity = torch.device(device), identity_of(settings, course, student, masks, labels)
     folder = Folder(checkpoint, identity) if checkpoint else None
     load = _loader(images, place)
-    loop = _Loop(settings, course, team, load, labels, place, folder, checkpoint_every, progress)
+    return _Loop(settings, course, Team.current(), load, labels, place, identity, folder, every, progress)
+
+
+@contextlib.contextmanager
+def _placed(student: nn.Module, teacher: nn.Module, device: torch.device) -> Iterator[None]:
+    """Inside: both networks are on a device; afterwards on their own, the student in eval mode."""
     homes = [next(network.parameters()).device for network in (student, teacher)]
     try:
-        student.to(place), teacher.to(place)
-        run = Run(student, Masks(student, masks, patterns, refresh, until), settings, team)
-        resumed_at = _resume(run, loop, identity)
-        with _memory_errors_named(batch):
-            _train(run, teacher, loop)
-        _finish(run, team)
+        student.to(device), teacher.to(device)
+        yield
     finally:
         student.eval()
         student.to(homes[0]), teacher.to(homes[1])
-    steps = tuple(range(1, len(run.losses) + 1))
-    return TuneHistory(steps, tuple(run.losses), epochs, resumed_at, tuple(run.refreshes), run.blocks)
+
+
+def _fit(run: Run, teacher: nn.Module, loop: _Loop) -> int | None:
+    """Do what a checkpoint left to do, check the result, and return the steps that it had done."""
+    resumed_at = _resume(run, loop)
+    with _memory_errors_named(loop.course.batch):
+        _train(run, teacher, loop)
+    _finish(run, loop.team)
+    return resumed_at
 
 
 def _loader(images: Callable[[NDArray[np.int64]], Tensor], device: torch.device) -> Load:
@@ -182,13 +283,14 @@ def _loader(images: Callable[[NDArray[np.int64]], Tensor], device: torch.device)
     return load
 
 
-def _resume(run: Run, loop: _Loop, identity: str) -> int | None:
+def _resume(run: Run, loop: _Loop) -> int | None:
     """Bring a run to where its checkpoint left it; return the steps done, or None where there is no checkpoint."""
     found = loop.folder.load() if loop.folder else None
     if found:
         run.adopt(*found)
     resumed_at = len(run.losses) if found else None
-    loop.team.agree("settings, weights or checkpoint", hashlib.sha256(f"{identity} {resumed_at}".encode()).hexdigest())
+    seen = f"{loop.identity} {resumed_at}"
+    loop.team.agree("settings, weights or checkpoint", hashlib.sha256(seen.encode()).hexdigest())
     return resumed_at
 
 
