@@ -2,6 +2,16 @@
 
 Source: Y. Li et al., "BRECQ: pushing the limit of post-training quantization by block reconstruction", 2021. Masks stay
 as they are; kept weights, biases and per-channel factors move, running statistics of a BatchNorm do not.
+
+Measured after the refit of `solve` (2:4, error of the blocks on held-out images; rms logit change over rms logit and
+share of equal labels on validation images; one seed):
+
+* Fashion-MNIST ViT, 256 images, 200 steps: errors fall by 12 to 28 %; .0215 -> .0188, 99.6 -> 99.7 % of 1000.
+* ViT-S on solar cells, 512 images (pruned with 128), 100 steps: errors fall by 0 to 9 %, the logits come no closer:
+  .209 -> .219, 96.5 -> 97.5 % of 200 (two images). With the 128 images alone and a third of the step size errors fall
+  by 0 to 3 %: the refit has fitted those already (error of block 4: .0063 on fitted, .0155 on held-out images).
+
+So a large network needs more images than the refit saw, and lower block errors need not mean closer logits.
 """
 
 import math
@@ -18,7 +28,7 @@ from mpdeploy.pruning.solve import split_images
 
 MINIBATCH = 16  # 200 steps of 16 images left less error than 100 of 32, in the same time
 CHECKS = 5  # looks at the held-out images along the way
-LR = 1e-2  # first Adam step, as a share of each parameter's root mean square
+LR = 1e-2  # first Adam step, as a share of each parameter's root mean square; 0.03 was too large for a block of a ViT-S
 ADD = (torch.ops.aten.add.Tensor, torch.ops.aten.add_.Tensor)
 
 
