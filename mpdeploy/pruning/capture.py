@@ -52,7 +52,8 @@ def capture(module: nn.Module, input_size: tuple[int, int, int]) -> fx.Graph:
             hint="torch.export must be able to trace it; data-dependent Python control flow is the usual reason.",
         ) from error
     placeholder = next(node for node in graph.nodes if node.op == "placeholder")
-    if isinstance(placeholder.meta["val"].shape[0], int):
+    size = placeholder.meta["val"].shape[0]
+    if isinstance(size, int) or size.node.maybe_as_int() is not None:
         raise StageFailed(
             "The network fixes the number of images per batch, so calibration batches can't be run.",
             hint="reshape with -1 for the batch axis.",
@@ -107,7 +108,7 @@ class Stream:
     Args:
         graph: what `capture` returned.
         state: parameters and buffers by name; read when an operation runs, so changes take effect downstream.
-        batches: images, each [b, C, H, W]; copied to the state's device as they enter.
+        batches: images, each [b, C, H, W]; copied as they enter, because a network may write into its input.
     """
 
     def __init__(self, graph: fx.Graph, state: Mapping[str, Tensor], batches: Sequence[Tensor]) -> None:
@@ -120,7 +121,7 @@ class Stream:
         }
         device = next(iter(state.values())).device
         entry = next(node for node in self.nodes if node.op == "placeholder")
-        self.values: list[dict[fx.Node, Any]] = [{entry: batch.to(device)} for batch in batches]
+        self.values: list[dict[fx.Node, Any]] = [{entry: batch.to(device, copy=True)} for batch in batches]
 
     def advance(self, to: fx.Node, *, through: bool = False) -> None:
         """Run all operations before `to` (and `to` itself if `through`) on every batch, and free what is done with."""
@@ -190,7 +191,7 @@ def _bytes_per_image(value: Any) -> int:
         return sum(map(_bytes_per_image, value))
     if not isinstance(value, Tensor):
         return 0
-    sizes = [TRACE_BATCH if not isinstance(size, int) else size for size in value.shape]
+    sizes = [size if isinstance(size, int) else int(size.node.hint) for size in value.shape]
     entries = 1
     for size in sizes:
         entries *= size

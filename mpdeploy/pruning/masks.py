@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mpdeploy.errors import StageFailed
 from mpdeploy.pruning.patterns import Pattern, project
+from mpdeploy.pruning.refit import singular
 
 METHODS = ("admm", "sparsegpt", "activation", "magnitude")
 
@@ -69,7 +69,7 @@ def inverse(gram: Tensor) -> Tensor:
     """
     factor, info = torch.linalg.cholesky_ex(gram)
     if int(info) != 0 or not bool(torch.isfinite(factor.diagonal()).all()):
-        raise StageFailed("The second moment of its inputs is singular.", hint="raise the damping.")
+        raise singular()
     return torch.cholesky_inverse(factor)
 
 
@@ -105,7 +105,9 @@ def _admm(weight: Tensor, gram: Tensor, target: Tensor, pattern: Pattern) -> Cho
 
 def _sparsegpt(weight: Tensor, gram: Tensor, pattern: Pattern) -> Choice:
     """Column by column: choose a group's mask by w^2 / [H^-1]_jj, then let the columns to the right make up for it."""
-    factor = torch.linalg.cholesky(inverse(gram), upper=True)
+    factor, info = torch.linalg.cholesky_ex(inverse(gram), upper=True)
+    if int(info) != 0:
+        raise singular()
     left = weight.clone()
     mask = torch.ones_like(weight, dtype=torch.bool)
     width = BLOCK // pattern.group * pattern.group or pattern.group

@@ -69,6 +69,11 @@ def refit_rows(
     return Refit(fitted, float(relative.max()), iterations)
 
 
+def singular() -> StageFailed:
+    """The error of a second moment that can't be inverted."""
+    return StageFailed("The second moment of its inputs is singular.", hint="raise the damping.")
+
+
 def _cholesky(target: Tensor, mask: Tensor, gram: Tensor) -> Tensor:
     kept = mask.nonzero()[:, 1].reshape(len(mask), -1)
     width = kept.shape[1]
@@ -79,7 +84,7 @@ def _cholesky(target: Tensor, mask: Tensor, gram: Tensor) -> Tensor:
         some = kept[rows]
         factor, info = torch.linalg.cholesky_ex(gram[some[:, :, None], some[:, None, :]])
         if bool((info != 0).any()):
-            raise StageFailed("The second moment of its inputs is singular.", hint="raise the damping.")
+            raise singular()
         solution = torch.cholesky_solve(target[rows].gather(1, some).unsqueeze(-1), factor).squeeze(-1)
         fitted[rows] = torch.zeros_like(target[rows]).scatter(1, some, solution)
     return fitted
@@ -104,7 +109,9 @@ def _conjugate_gradient(
     rz = (r * p).sum(dim=1, keepdim=True)
     for iteration in range(1, STEPS + 1):
         hp = (p @ gram).mul_(mask)
-        alpha = rz / (p * hp).sum(dim=1, keepdim=True)
+        curvature = (p * hp).sum(dim=1, keepdim=True)
+        # A row that is solved exactly while others go on has nothing left to divide.
+        alpha = torch.where(rz == 0, rz, rz / curvature)
         x.addcmul_(alpha, p)
         r.addcmul_(alpha, hp, value=-1)
         # Written so that a row with NaN stops too; the caller's residual shows it.
@@ -116,6 +123,6 @@ def _conjugate_gradient(
                 return answer, iteration
         z = r / diagonal
         rz_next = (r * z).sum(dim=1, keepdim=True)
-        p = torch.addcmul(z, rz_next / rz, p)
+        p = torch.addcmul(z, torch.where(rz == 0, rz, rz_next / rz), p)
         rz = rz_next
     return answer, STEPS

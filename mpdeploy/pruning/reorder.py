@@ -115,11 +115,12 @@ class _Seen:
         cost = self.weight.square() / inverse(self.gram).diagonal()
         return cost / max(_energy(self.weight, self.gram, self.fitting), 1e-30)
 
-    def error(self, order: Tensor, start: int) -> float:
-        """Held-out error with the inputs from `start` on in another order, after a rough refit of the score's mask."""
+    def error(self, order: Tensor, starts: Sequence[int]) -> float:
+        """Held-out error with some inputs in another order, after a rough refit of the score's mask."""
         inputs = self.layer.shape[1]
         every = torch.arange(inputs)
-        every[start : start + len(order)] = start + order
+        for start in starts:
+            every[start : start + len(order)] = start + order
         columns = (torch.arange(self.weight.shape[1] // inputs)[:, None] * inputs + every).flatten()
         mask = torch.empty_like(self.score, dtype=torch.bool)
         mask[:, columns] = project(self.score[:, columns], self.pattern)
@@ -246,15 +247,15 @@ def _reordering(
     starts = {member.start for member in coupling.consumers}
     if (coupling.size // coupling.blocks) % pattern.group or any(start % pattern.group for start in starts):
         return refused(f"Groups of {pattern.group} don't fit its {coupling.blocks} blocks of channels.")
-    offsets = {m.tensor.removesuffix(".weight"): m.start for m in coupling.consumers}
-    scores = [_channels(reader, offsets[reader.layer.name], coupling.size) for reader in readers]
+    places = {name: [m.start for m in coupling.consumers if m.tensor == f"{name}.weight"] for name in names}
+    scores = [_channels(reader, start, coupling.size) for reader in readers for start in places[reader.layer.name]]
     total = float(sum(score.sum(dtype=torch.float64) for score in scores))
     if not total > 0:
         return refused("Its consumers' inputs or weights are all zero.")
     found = search(torch.cat(scores), pattern, blocks=coupling.blocks, iterations=iterations, seed=seed)
     plain = torch.arange(coupling.size)
     before, after = (
-        sum(reader.error(order, offsets[reader.layer.name]) for reader in readers) / len(readers)
+        sum(reader.error(order, places[reader.layer.name]) for reader in readers) / len(readers)
         for order in (plain, found.order)
     )
     better = after < before

@@ -5,6 +5,7 @@ stand still: its inputs x come from the pruned network, its wanted outputs y fro
 makes up for what the layers before it got wrong. Mask, damping, refit and bias follow from the moments of (x, y) alone.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import repeat
@@ -222,7 +223,7 @@ def _best_refit(
     for damping in dampings:
         start = _refit(problem, choice.mask, damping, start, ROUGH).weight
         tries.append((error_of(start), damping, start))
-    _, damping, start = min(tries, key=lambda found: (found[0] is None, found[0]))
+    _, damping, start = min(tries, key=lambda found: (found[0] is None or math.isnan(found[0]), found[0]))
     fitted = _refit(problem, choice.mask, damping, start, CLOSE)
     after = error_of(fitted.weight)
     if why := _why_not_kept(fitted, bare.before, after):
@@ -406,8 +407,9 @@ def prune_layer(
 def _settle(module: nn.Module, norm: Any, kept: Tensor, fitting: Moments, held: Moments) -> None:
     """Give the output of weights [O, m] the wanted mean, and in front of a BatchNorm the wanted spread, in place.
 
-    With a bias: b = mean y - W_hat mean x. With a BatchNorm its running mean moves by what the mean output misses and
-    its running variance by the ratio of the output's variance to the wanted one. As both are taken over the same
+    With a bias: b = mean y - W_hat mean x. A BatchNorm's running variance changes by the ratio of the output's variance
+    to the wanted one, and its running mean lies from the mean output as many deviations as it lay from the wanted one.
+    As both are taken over the same
     images, few are enough: what is peculiar to these images cancels, where plain recalibration would learn it.
     """
     count = fitting.count + held.count
@@ -419,11 +421,14 @@ def _settle(module: nn.Module, norm: Any, kept: Tensor, fitting: Moments, held: 
         output = goal
     if norm is None:
         return
-    norm.running_mean += (output - goal).to(norm.running_mean.dtype)
     spread = sum((((kept @ part) * kept).sum(dim=1) for part in (fitting.centred(), held.centred())), start=0.0 * goal)
     wanted = fitting.goal_spread() + held.goal_spread()
     ratio = torch.where(wanted > 0, spread / wanted.clamp_min(1e-30), torch.ones_like(wanted))
-    norm.running_var *= ratio.clamp(1 / MOST, MOST).to(norm.running_var.dtype)
+    before = norm.running_var.double()
+    after = before * ratio.clamp(1 / MOST, MOST)
+    offset = (goal - norm.running_mean.double()) * ((after + norm.eps) / (before + norm.eps)).sqrt()
+    norm.running_mean.copy_(output - offset)
+    norm.running_var.copy_(after)
 
 
 def split_images(batches: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
