@@ -4,6 +4,11 @@ A ranking is a table of numbers, one per layer and pattern, that add up over lay
 wins. `by_error` uses what pruning that layer was measured to cost, `by_edge` only weights and Marchenko-Pastur edges,
 `by_slack` the share of the samples' margins that the layer's displacement spends. `compare` solves all of them and says
 what each choice costs in measured error, so that a reader sees when a prior helps and when it misleads.
+
+On the quickstart network at half of the multiply-accumulates (12:16, 2:4 and 1:4; three draws of 256 images) the
+finished networks moved the logits by 0.009 to 0.010 (squared, per image) when chosen by error, 0.009 to 0.012 by slack,
+0.016 to 0.017 by edge, and 0.013 to 0.015 with 2:4 everywhere: the edge did worse there than no choice at all. All of
+them kept at least 99.4 % of 2,000 labels, too many for labels to tell them apart.
 """
 
 import math
@@ -80,9 +85,8 @@ def by_error(
     """Rank by measured error.
 
     With sensitivities the errors are in one unit, squared logits, and add up if the layers' errors are about
-    independent. Without them relative errors are added, as if a percent of any layer's output mattered alike. It does
-    not: on the quickstart network at half of the multiply-accumulates that chose worse (93.7 % of the labels kept) than
-    2:4 everywhere (94.1 %), and sensitivities better (95.5 %).
+    independent. Without them relative errors are added, as if a percent of any layer's output mattered alike, which it
+    does not.
 
     Args:
         candidates: every layer's choices.
