@@ -36,6 +36,7 @@ PARTS = {
     "spectra.safetensors": ("prune", "spectra.safetensors"),
     "macs.json": ("prune", "macs.json"),
     "orders.json": ("prune", "orders.json"),
+    "reconstruction.json": ("prune", "reconstruction.json"),
     "allocation.json": ("prune", "allocation.json"),
     "tune.json": ("tune", "tune.json"),
     "certificate.json": ("certify", "certificate.json"),

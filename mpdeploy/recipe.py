@@ -124,6 +124,9 @@ class Prune(Table):
     permute: Annotated[int, Field(ge=0)] = Field(
         12, description="Iterations of the search for the best channel order, folded into the weights; 0 is off."
     )
+    zero_budget: bool = Field(
+        False, description="First remove inputs that are proved to cost nothing: dead, constant, dependent ones."
+    )
     reconstruct: Annotated[int, Field(ge=0)] = Field(
         0, description="Steps per block of block-wise reconstruction after the refit, without labels; 0 is off."
     )

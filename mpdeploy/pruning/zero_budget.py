@@ -15,15 +15,17 @@ float32 terms, and so must each output.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx, nn
 
 from mpdeploy.errors import StageFailed
-from mpdeploy.pruning.moments import Moments
-from mpdeploy.pruning.patterns import Pattern, project
+from mpdeploy.pruning.capture import Stream, layer_nodes, state_of
+from mpdeploy.pruning.layers import Layer, weight_of
+from mpdeploy.pruning.moments import Moments, layer_rows
+from mpdeploy.pruning.patterns import Pattern, as_rows, from_rows, project
 
 EPS = torch.finfo(torch.float32).eps
 NOISE = 1e-5  # share of an input's variance that moments may leave unexplained though nothing is: 1e-6 on a ViT-S
@@ -32,6 +34,7 @@ IDENTITY = 32 * EPS  # of the sum of magnitudes of an identity's terms
 COEFFICIENT = 8.0  # of standardised inputs: a larger one would amplify rounding and any shift of the inputs
 ROWS_PER_INPUT = 2  # with fewer rows dependence may only mean too few of them
 FITTED = 4  # rows per input that coefficients are fitted to; all rows judge
+MOST_ROWS = 1 << 13  # calibration rows that prove a layer, or 4 per input if that is more
 SLICE = 1 << 12  # rows judged at a time
 
 
@@ -301,3 +304,93 @@ def _left(budget: ZeroBudget, kind: str, why: str) -> ZeroBudget:
     if kind == "constant":
         return replace(fewer, constant=inputs[:0])
     return replace(fewer, dependent=inputs[:0], coefficients=coefficients[:0], offset=budget.offset[:0])
+
+
+@dataclass(frozen=True)
+class Removed:
+    """What was removed of one layer's inputs, for the certificate.
+
+    Args:
+        inputs: how many the layer has.
+        rank: numerical rank of the inputs about their mean.
+        dead: inputs removed because they are zero on every calibration row.
+        constant: inputs removed because they never change; their part went into the bias.
+        dependent: inputs removed because they are affine functions of others.
+        rows: calibration rows that prove it.
+        residual: the largest change of an output on those rows, relative to |W||x| + |b|.
+        allowance: what rounding explains; the residual is not above it.
+        note: full sentences on what was left alone, or "".
+    """
+
+    inputs: int
+    rank: int
+    dead: int
+    constant: int
+    dependent: int
+    rows: int
+    residual: float
+    allowance: float
+    note: str
+
+
+def reduce_network(
+    module: nn.Module,
+    graph: fx.Graph,
+    batches: Sequence[Tensor],
+    layers: Sequence[Layer],
+    *,
+    progress: Callable[[int, int], None],
+) -> dict[str, Removed]:
+    """Remove from every layer to be pruned the inputs that cost nothing, in place; outputs stay what they were.
+
+    Args:
+        module: the dense network in eval mode.
+        graph: what `capture.capture` returned for it.
+        batches: calibration images, float32 [b, C, H, W].
+        layers: what `layers.choose` returned.
+        progress: told (layers done, layers in all).
+
+    Returns:
+        {layer: what was removed}.
+
+    Raises:
+        StageFailed: an input is NaN or infinite.
+    """
+    chosen = {layer.name: layer for layer in layers if layer.pattern}
+    state = state_of(module, graph)
+    stream = Stream(graph, state, batches)
+    found = {}
+    for place, (name, node) in enumerate(layer_nodes(graph, list(chosen)).items()):
+        stream.advance(node)
+        child = module.get_submodule(name)
+        weight, bias = weight_of(child), getattr(child, "bias", None)
+        keep = -(-max(MOST_ROWS, 4 * weight[0].numel()) // sum(map(len, batches)))
+        inputs = stream.argument(node, 0)
+        stream.advance(node, through=True)
+        moments, parts = Moments(), []
+        for batch, (x, y) in enumerate(zip(inputs, stream.output(node), strict=True)):
+            for rows, goals in layer_rows(node, x, y, keep, place * 1_000_003 + batch):
+                moments.add(rows, goals[:, :0])
+                parts.append(rows)
+        every = torch.cat(parts)
+        flat = as_rows(weight.detach()).reshape(len(weight), -1)
+        pattern = Pattern.parse(chosen[name].pattern)
+        own = bias.detach() if isinstance(bias, Tensor) else None
+        left, shifted, budget, change = reduce_layer(flat, own, moments, every, pattern)
+        with torch.no_grad():
+            weight.copy_(from_rows(left.reshape(-1, weight.shape[1]), weight.shape))
+            if isinstance(bias, Tensor) and shifted is not None:
+                bias.copy_(shifted)
+        found[name] = Removed(
+            inputs=flat.shape[1],
+            rank=budget.rank,
+            dead=len(budget.dead),
+            constant=len(budget.constant),
+            dependent=len(budget.dependent),
+            rows=len(every),
+            residual=change,
+            allowance=allowance(flat.shape[1]),
+            note=budget.note,
+        )
+        progress(len(found), len(chosen))
+    return found

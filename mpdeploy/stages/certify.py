@@ -79,6 +79,9 @@ def run(params: Params, given: Given, out: Path) -> Facts:
             "margin_median": finite(np.median(ledger.margin)),
             "slack_median": finite(np.median(ledger.slack)),
             "digests": digests,
+            "zero_budget": {
+                row["name"]: row["zero_budget"] for row in given["prune"].json("layers.json") if row.get("zero_budget")
+            },
         },
     )
     return counts

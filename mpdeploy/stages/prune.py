@@ -42,10 +42,13 @@ def run(params: Params, given: Given, out: Path) -> Facts:
     from safetensors.torch import load_file, save_file
 
     from mpdeploy.models import rebuild
-    from mpdeploy.pruning.capture import capture
+    from mpdeploy.pruning.capture import capture, state_of
+    from mpdeploy.pruning.layers import weight_of
     from mpdeploy.pruning.macs import count
+    from mpdeploy.pruning.reconstruct import reconstruct
     from mpdeploy.pruning.reorder import Reordered, reorder
     from mpdeploy.pruning.solve import Settings, prune_network
+    from mpdeploy.pruning.zero_budget import reduce_network
 
     table, source = params.prune, given["source"]
     device = usable_device(table.device)
@@ -85,6 +88,16 @@ def run(params: Params, given: Given, out: Path) -> Facts:
             progress=lambda done, total: given.progress("ordering channels", done, total),
         )
     chosen = {layer.name: layer for layer in layers if layer.pattern}
+    removed = {}
+    if table.zero_budget and not table.sparsity:
+        removed = reduce_network(
+            module,
+            graph,
+            batches,
+            layers,
+            progress=lambda done, total: given.progress("looking for inputs that cost nothing", done, total),
+        )
+    dense = {name: tensor.clone() for name, tensor in state_of(module, graph).items()} if table.reconstruct else {}
     results = prune_network(
         module,
         graph,
@@ -94,7 +107,22 @@ def run(params: Params, given: Given, out: Path) -> Facts:
         masks=masks,
         progress=lambda done, total: given.progress("pruning layers", done, total),
     )
+    blocks = []
+    if table.reconstruct:
+        kept = {name: weight_of(module.get_submodule(name)) != 0 for name in chosen}
+        blocks = reconstruct(
+            module,
+            graph,
+            dense,
+            batches,
+            kept,
+            steps=table.reconstruct,
+            seed=table.seed,
+            progress=lambda done, total: given.progress("reconstructing blocks", done, total),
+        )
     by_name = {result.name: asdict(result) for result in results}
+    for name, proof in removed.items():
+        by_name[name]["zero_budget"] = asdict(proof)
     for name, mask in masks.items():
         by_name[name]["zeros"] = int((~mask).sum())
     save_file({k: v.detach().cpu().contiguous() for k, v in module.state_dict().items()}, out / "pruned.safetensors")
@@ -102,6 +130,7 @@ def run(params: Params, given: Given, out: Path) -> Facts:
     save_arrays({name: s.eigenvalues.astype(np.float32) for name, s in spectra.items()}, out / "spectra.safetensors")
     write_json(out / "orders.json", _orders(orders))
     write_json(out / "allocation.json", allocation)
+    write_json(out / "reconstruction.json", [asdict(block) for block in blocks])
     write_json(
         out / "layers.json",
         [{**asdict(layer), **by_name.get(layer.name, {}), **_described(spectra.get(layer.name))} for layer in layers],
