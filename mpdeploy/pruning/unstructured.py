@@ -79,6 +79,8 @@ def seb_weights(spectra: Mapping[str, Spectrum], sparsity: float, *, signal: str
     attention and MLP only, so any other network goes on with the edge (at the last row's beta and s_d). Signals without
     variation give w_l = 1. On the quickstart network the edge is better than the kind there too (97.6 against 96.2 % of
     2,000 labels kept at 60 %), and dividing by each layer's standard deviation, without any law, as good (97.5 %).
+    After the refit (two draws of 128 images) magnitude without any weights kept more labels at 60 % (99.3 and 99.5,
+    SEB 98.8 and 98.9 %), and as many at 75 % (98.2, SEB 98.0 and 98.2 %).
 
     Args:
         spectra: the fitted spectrum of each layer.
