@@ -135,6 +135,30 @@ def test_the_pipeline_under_torchrun_makes_one_bundle(pipeline):
     assert [row["loss"] for row in record["loss"]] == pytest.approx([row["loss"] for row in own["loss"]], rel=1e-4)
 
 
+def test_a_prune_restore_cycle_is_the_same_on_two_processes(pipeline):
+    home, sets, args, _ = pipeline
+    more = ("tune.restore=0.05", "tune.restore_steps=3")
+    restored = [arg for item in more for arg in ("--set", item)]
+    done = torchrun(
+        "-m", "mpdeploy", "run", *args, *restored, "--to", "tune", MPDEPLOY_STORE=str(home / "store")
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    step = mpdeploy.run(QUICKSTART, sets=(*sets, *more), store=home / "store", to="tune").artifacts["tune"]
+    both = step.json("tune.json")
+    assert both["processes"] == 2 and 0 < both["restored"]["swapped"] < both["restored"]["dropped"]
+    for path in (home / "store" / "keys").iterdir():
+        if json.loads(path.read_text())["asked"].get("params", {}).get("restore"):
+            path.unlink()
+    alone = mpdeploy.run(QUICKSTART, sets=(*sets, *more), store=home / "store", to="tune").artifacts["tune"]
+    one = alone.json("tune.json")
+    assert one["processes"] == 1
+    assert one["restored"]["dropped"] == both["restored"]["dropped"]
+    assert one["restored"]["growing_loss"] == pytest.approx(both["restored"]["growing_loss"], rel=1e-4)
+    # Rounding decides between entries that moved equally far, so a few masks may differ, and the losses a little.
+    assert one["restored"]["swapped"] == pytest.approx(both["restored"]["swapped"], rel=0.01)
+    assert [row["loss"] for row in one["loss"]] == pytest.approx([row["loss"] for row in both["loss"]], rel=1e-2)
+
+
 def test_what_goes_wrong_on_another_process_is_told_by_the_first(pipeline, tmp_path):
     home, _, args, _ = pipeline
     script = tmp_path / "broken.py"
