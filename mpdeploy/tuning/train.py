@@ -213,7 +213,7 @@ def grow(
     """
     settings = Settings(lr, temperature, hard_weight, feature_weight, 0.0, 0.0, 0, precision)
     course = Course(len(labels), batch, 1, seed, flip, steps)
-    check_settings(settings, course, steps)
+    check_settings(settings, course, 1)
     _check_samples(labels)
     check_shapes(student, moving)
     course = replace(course, epochs=-(-steps // course.per_epoch))
