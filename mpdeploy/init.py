@@ -27,8 +27,9 @@ seed = 0
 
 [prune]
 pattern = "2:4"         # the only pattern that sparse tensor cores run; others are accuracy patterns
-method = "activation"   # or "magnitude"
-refit = true            # exact least squares of the kept weights
+method = "admm"         # or "sparsegpt", "activation", "magnitude"
+refit = true            # least squares of kept weights and biases to the dense network's outputs
+permute = 12            # iterations of the search for channel orders, folded into the weights; 0 is off
 skip = []               # layers to leave dense, for example ["blocks.0.*"]; stem and head stay dense anyway
 
 [tune]

@@ -45,7 +45,7 @@ class Settings:
 
     method: str = "admm"
     refit: bool = True
-    damping: tuple[float, ...] = (0.01, 0.1)
+    damping: tuple[float, ...] = (0.03, 0.1)
     precision: str = "float32"
 
     def __post_init__(self) -> None:
