@@ -83,7 +83,7 @@ NETWORKS = (
     Network(
         "cnn",
         "efficientnet_lite0.toml",
-        192,
+        96,
         "EfficientNet-Lite0, ImageNet-1k; random crops of ten photos to calibrate, 400 crops of ten others to judge",
     ),
 )
@@ -410,7 +410,7 @@ def summarise(rows: list[dict[str, Any]], network: str) -> dict[str, Any]:
     seeds = sorted({r["seed"] for r in rows if r["network"] == network and r["pattern"] == "2:4"})
     found: dict[str, Any] = {"network": network, "seeds": len(seeds)}
     for label, reference in (("vs_sparsegpt", "modelopt sparsegpt"), ("vs_sparsegpt_with_update", "sparsegpt")):
-        if not any(r["arm"] == reference for r in rows):
+        if not any(r["arm"] == reference and r["network"] == network for r in rows):
             continue
         per_seed: dict[str, list[float]] = {
             "layer_error_ratio": [],
@@ -440,6 +440,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--only", choices=[network.key for network in NETWORKS])
     parser.add_argument("--out", type=Path, default=HERE / "results" / "pruning.json")
+    parser.add_argument("--resume", action="store_true", help="keep the rows that are in --out and run what is missing")
     parser.add_argument("--arm", help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--pattern", default="2:4", help=argparse.SUPPRESS)
@@ -457,9 +458,11 @@ def main() -> None:
         again = ["sparsegpt", *reference[1:2], OURS, "ours without orders", ALONE[OURS]]
         work += [(network, seed, "2:4", again if seed else arms) for seed in range(options.seeds)]
     # The looser patterns come last: a bench that is stopped early has what it is for.
-    others = ["magnitude", "activation", "sparsegpt", OURS]
+    others = ["magnitude", "sparsegpt", OURS]
     work += [(network, 0, pattern, others) for network in networks for pattern in ("4:8", "8:16", "12:16")]
-    rows: list[dict[str, Any]] = []
+    rows: list[dict[str, Any]] = json.loads(options.out.read_text())["rows"] if options.resume else []
+    have = {(row["network"], row["seed"], row["pattern"], row["arm"]) for row in rows}
+    work = [(n, s, p, [arm for arm in arms if (n.key, s, p, arm) not in have]) for n, s, p, arms in work]
     with Progress() as progress:
         task = progress.add_task("pruning", total=sum(len(arms) for *_, arms in work))
 
@@ -467,13 +470,15 @@ def main() -> None:
             progress.update(task, advance=1, description=label)
 
         for network, seed, pattern, arms in work:
-            rows += measure(network, seed, pattern, arms, options, tick)
-            write(options, rows, networks)
+            if arms:
+                rows += measure(network, seed, pattern, arms, options, tick)
+                write(options, rows)
 
 
-def write(options: argparse.Namespace, rows: list[dict[str, Any]], networks: list[Network]) -> None:
+def write(options: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
     """Write what is known so far: a stopped run keeps its rows."""
-    summaries = {n.key: summarise(rows, n.key) for n in networks if any(r["network"] == n.key for r in rows)}
+    networks = [n for n in NETWORKS if any(r["network"] == n.key for r in rows)]
+    summaries = {n.key: summarise(rows, n.key) for n in networks}
     first = summaries[networks[0].key]
     names = ("layer_error_ratio_vs_sparsegpt", "agreement_drop_ratio_vs_sparsegpt", "time_ratio_vs_sparsegpt")
     report = {
