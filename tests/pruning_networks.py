@@ -14,7 +14,8 @@ def quiet(done, total):
 
 def captured(model, size):
     """Its graph for square images; networks that print alike share one, as a graph holds names and no weights."""
-    key = (repr(model), size)
+    heads = tuple(getattr(child, "num_heads", None) for child in model.modules())  # attention does not print them
+    key = (repr(model), heads, size)
     if key not in GRAPHS:
         GRAPHS[key] = capture(model, (3, size, size))
     return GRAPHS[key]
