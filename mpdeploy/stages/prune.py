@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -85,7 +86,7 @@ def run(params: Params, given: Given, out: Path) -> Facts:
             layers,
             iterations=table.permute,
             seed=table.seed,
-            progress=lambda done, total: given.progress("ordering channels", done, total),
+            progress=partial(given.progress, "ordering channels"),
         )
     chosen = {layer.name: layer for layer in layers if layer.pattern}
     removed = {}
@@ -95,7 +96,7 @@ def run(params: Params, given: Given, out: Path) -> Facts:
             graph,
             batches,
             layers,
-            progress=lambda done, total: given.progress("looking for inputs that cost nothing", done, total),
+            progress=partial(given.progress, "looking for inputs that cost nothing"),
         )
     dense = {name: tensor.clone() for name, tensor in state_of(module, graph).items()} if table.reconstruct else {}
     results = prune_network(
@@ -105,7 +106,7 @@ def run(params: Params, given: Given, out: Path) -> Facts:
         layers,
         settings=settings,
         masks=masks,
-        progress=lambda done, total: given.progress("pruning layers", done, total),
+        progress=partial(given.progress, "pruning layers"),
     )
     blocks = []
     if table.reconstruct:
@@ -118,7 +119,7 @@ def run(params: Params, given: Given, out: Path) -> Facts:
             kept,
             steps=table.reconstruct,
             seed=table.seed,
-            progress=lambda done, total: given.progress("reconstructing blocks", done, total),
+            progress=partial(given.progress, "reconstructing blocks"),
         )
     by_name = {result.name: asdict(result) for result in results}
     for name, proof in removed.items():
@@ -210,7 +211,7 @@ def _allocated(
         settings,
         unit=table.unit,
         images=table.images,
-        progress=lambda done, total: given.progress("measuring patterns", done, total),
+        progress=partial(given.progress, "measuring patterns"),
     )
     # The edge itself, whatever signal the source's table prefers at this sparsity.
     layer_weights = seb_weights(spectra, 1 - table.budget, signal="edge")
