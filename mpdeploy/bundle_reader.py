@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
 from mpdeploy.artifact import MANIFEST, describe_files, read_json
+from mpdeploy.certify.ledger import slack_of
 from mpdeploy.errors import CorruptArtifact
 
 REPORT = "report.html"
@@ -141,13 +142,13 @@ class BundleReader:
         ledger = self.tensors("ledger.safetensors")
         if not ledger:
             return {}
-        logits = {stage: ledger[stage] for stage in self.certificate["stages"]}
+        logits = {stage: ledger["logits"][:, i] for i, stage in enumerate(self.certificate["stages"])}
         engine = self.tensors("samples.safetensors", f"certification.{self.deploy}").get(f"certification.{self.deploy}")
         if engine is not None:
             logits["engine"] = engine
         if len({z.shape for z in logits.values()}) != 1:
             raise CorruptArtifact("ledger.safetensors and samples.safetensors hold logits of different shapes.")
-        return {rung: _slack(z, ledger["dense_label"]) for rung, z in logits.items()}
+        return {rung: slack_of(z) for rung, z in logits.items()}
 
 
 def _nonzeros(weight: NDArray[Any], group: int) -> NDArray[np.int64]:
@@ -155,12 +156,3 @@ def _nonzeros(weight: NDArray[Any], group: int) -> NDArray[np.int64]:
     rows = np.moveaxis(weight != 0, 1, -1).reshape(-1, weight.shape[1])
     rows = np.pad(rows, ((0, 0), (0, -weight.shape[1] % group)))
     return np.asarray(rows.reshape(-1, group).sum(axis=1), np.int64)
-
-
-def _slack(logits: NDArray[Any], label: NDArray[np.int64]) -> NDArray[np.float64]:
-    """Return z_y - max of the others per sample, float64 [n]; NaN where a logit is not finite."""
-    z = np.where(np.isfinite(logits).all(axis=1, keepdims=True), logits, np.nan).astype(np.float64)
-    rows = np.arange(len(z))
-    own = z[rows, label]
-    z[rows, label] = -np.inf
-    return np.asarray(own - z.max(axis=1), np.float64)

@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mpdeploy.certify.ledger import keeps, pair_margins
 from mpdeploy.certify.statistics import mcnemar, proportion
 
 Seconds = NDArray[np.float64]
@@ -20,28 +19,31 @@ def decide(logits: NDArray[Any]) -> NDArray[np.int64]:
     return np.where(finite, np.argmax(np.where(np.isfinite(logits), logits, -np.inf), axis=1), -1)
 
 
-def top1(logits: NDArray[Any], labels: NDArray[np.int64], confidence: float) -> dict[str, Any]:
-    """Return top-1 with its exact interval."""
-    return proportion(int((decide(logits) == labels).sum()), len(labels), confidence).json()
+def top1(decided: NDArray[np.int64], labels: NDArray[np.int64], confidence: float) -> dict[str, Any]:
+    """Return top-1 with its exact interval, of decisions [n] and true labels [n]."""
+    return proportion(int((decided == labels).sum()), len(labels), confidence).json()
 
 
 def decisions(
-    dense: NDArray[Any], engine: NDArray[Any], labels: NDArray[np.int64], confidence: float
+    dense: NDArray[np.int64],
+    engine: NDArray[np.int64],
+    agree: NDArray[np.bool_],
+    labels: NDArray[np.int64],
+    confidence: float,
 ) -> dict[str, Any]:
     """Compare two networks' decisions on the same samples.
 
     Args:
-        dense: logits of the reference, [n, K].
-        engine: logits of the engine, [n, K].
+        dense: decisions of the reference, [n].
+        engine: decisions of the engine, [n]; -1 where its logits are not finite.
+        agree: where the engine gives the reference's label, without a tie, [n].
         labels: true labels, [n].
         confidence: of every interval.
 
     Returns:
         top1 of the engine, agreement with the reference, and the paired flips with McNemar's exact p.
     """
-    reference = dense.argmax(axis=1)
-    agree = keeps(pair_margins(engine, reference))
-    right, engine_right = reference == labels, decide(engine) == labels
+    right, engine_right = dense == labels, engine == labels
     lost, won = int((right & ~engine_right).sum()), int((~right & engine_right).sum())
     return {
         "top1": top1(engine, labels, confidence),

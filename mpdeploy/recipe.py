@@ -199,6 +199,12 @@ class Certify(Table):
     """The margin ledger."""
 
     reserve: Share = Field(0.01, description="Slack set aside for export and engine: share of a sample's logit range.")
+    keep: Annotated[int, Field(ge=2)] = Field(
+        16, description="Classes kept of each sample; of the others the ledger keeps the largest logit."
+    )
+    reference: Count = Field(
+        8, description="Samples run in float64 too, to measure what float32 costs the dense reference."
+    )
     batch: Count = 64
 
 

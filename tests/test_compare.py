@@ -11,18 +11,18 @@ from mpdeploy.recipe import Gates
 def test_nan_agrees_with_nobody():
     logits = np.array([[np.nan, 0.0], [1.0, 0.0], [np.inf, 0.0]])
     assert decide(logits).tolist() == [-1, 0, -1]
-    got = decisions(np.array([[1.0, 0.0]] * 3), logits, np.array([0, 0, 0]), 0.95)
+    own = decide(logits)
+    got = decisions(np.zeros(3, np.int64), own, own == 0, np.array([0, 0, 0]), 0.95)
     assert got["agreement"]["correct"] == 1
     assert got["top1"]["correct"] == 1
     assert got["flips"]["dense_right_engine_wrong"] == 2
 
 
 def test_flips_are_paired():
-    dense = np.eye(4)[[0, 1, 2, 3]]
-    engine = np.eye(4)[[0, 1, 3, 2]]
-    got = decisions(dense, engine, np.array([0, 0, 2, 2]), 0.95)
+    dense, engine, labels = np.array([0, 1, 2, 3]), np.array([0, 1, 3, 2]), np.array([0, 0, 2, 2])
+    got = decisions(dense, engine, dense == engine, labels, 0.95)
     assert got["flips"] == {"dense_right_engine_wrong": 1, "dense_wrong_engine_right": 1, "mcnemar_p": 1.0}
-    assert top1(engine, np.array([0, 0, 2, 2]), 0.95)["correct"] == 2
+    assert top1(engine, labels, 0.95)["correct"] == 2
 
 
 def test_blocks_are_interleaved_abba_after_a_warm_up():

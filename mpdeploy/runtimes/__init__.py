@@ -112,6 +112,7 @@ class EngineRequest:
         weights: "sparse" allows sparse kernels; "dense" is the twin that every speed-up is measured against.
         batch: Smallest, usual and largest batch.
         threads: CPU threads inside one operator.
+        exported: The exported file that `onnx` was quantised from, None where it is that file itself.
 
     Raises:
         RecipeError: A field has a value that no runtime knows.
@@ -124,6 +125,7 @@ class EngineRequest:
     weights: str
     batch: tuple[int, int, int]
     threads: int
+    exported: Path | None = None
 
     def __post_init__(self) -> None:
         _one_of("runtime", self.runtime, RUNTIMES)
@@ -139,6 +141,13 @@ class EngineRequest:
             raise RecipeError(f"An engine's batch is (min, opt, max) with 1 <= min <= opt <= max, not {self.batch}.")
         if self.threads < 1:
             raise RecipeError(f"An engine needs at least one thread, not {self.threads}.")
+
+    @property
+    def source(self) -> dict[str, str]:
+        """Digests of the files it is built from: the exported one and, where it was quantised, what came of that."""
+        exported = self.exported or self.onnx
+        source = {"file": exported.name, "onnx": sha256_of(exported)}
+        return source if self.exported is None else {**source, "quantised": sha256_of(self.onnx)}
 
     @property
     def id(self) -> str:
@@ -251,6 +260,7 @@ def write_manifest(
         "target": request.target,
         "precision": request.precision,
         "weights": request.weights,
+        "source": request.source,
         "file": file,
         "sha256": sha256_of(path),
         "size": path.stat().st_size,

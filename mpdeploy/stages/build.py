@@ -17,6 +17,9 @@ from mpdeploy.stages.images import open_images
 PACKAGES = {"onnxruntime": ("onnxruntime", "onnxruntime-gpu"), "tensorrt": ("tensorrt",)}
 PACKAGES["tensorrt_rtx"] = ("tensorrt-rtx",)
 
+QUANTISED = "quantised.onnx"
+"""The graph an int8 engine was built from stays beside it: what its precision should cost is computed from that."""
+
 
 class Params(Table):
     """Which engines, and where the calibration images are."""
@@ -63,23 +66,23 @@ def _build(engine: Engine, weights: str, params: Params, given: Given, folder: P
 
     folder.mkdir(parents=True)
     base = "fp32" if engine.precision == "int8" else engine.precision
-    onnx_file = given["export"].path(file_name(weights, base))
-    quantised = folder / "quantised.onnx"
+    exported = given["export"].path(file_name(weights, base))
+    quantised = None
     if engine.precision == "int8":
-        onnx_file = _quantise(onnx_file, quantised, engine.runtime, params, given)
+        quantised = _quantise(exported, folder / QUANTISED, engine.runtime, params, given)
     build(
         EngineRequest(
-            onnx=onnx_file,
+            onnx=quantised or exported,
             runtime=engine.runtime,
             target=engine.target,
             precision=engine.precision,
             weights=weights,
             batch=engine.batch,
             threads=engine.threads,
+            exported=exported if quantised else None,
         ),
         folder,
     )
-    quantised.unlink(missing_ok=True)
 
 
 def _quantise(fp32: Path, out: Path, runtime: str, params: Params, given: Given) -> Path:

@@ -1,6 +1,8 @@
 """certify: what pruning and tuning did to the dense margin of each certification sample."""
 
-from collections.abc import Mapping
+import contextlib
+import hashlib
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -8,13 +10,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mpdeploy.artifact import Artifact, sha256_of, write_json
-from mpdeploy.certify.ledger import finite, measure
-from mpdeploy.compare import decide
+from mpdeploy.certify.ledger import Kept, Ledger, columns, decided, finite, joined, reference_gap, rows_of
 from mpdeploy.errors import StageFailed
 from mpdeploy.recipe import Certify, Data, Table
+from mpdeploy.runtimes import Session, cpu_name
 from mpdeploy.stage import Facts, Given, Stage
 from mpdeploy.stages.environment import needs, versions
-from mpdeploy.stages.images import logits_of, open_images
+from mpdeploy.stages.images import exact_logits, open_images, strict_float32
 
 WEIGHTS = {"dense": ("source", "dense.safetensors"), "pruned": ("prune", "pruned.safetensors")}
 WEIGHTS["tuned"] = ("tune", "tuned.safetensors")
@@ -33,52 +35,60 @@ def asks(params: Params) -> Mapping[str, Any]:
 
 
 def run(params: Params, given: Given, out: Path) -> Facts:
-    """Run the three networks on the same images and write the ledger."""
+    """Run the three networks side by side on the same images and write the ledger."""
     needs("certify", "torch", "timm", "safetensors")
     from safetensors.numpy import save_file
-    from safetensors.torch import load_file
-
-    from mpdeploy.models import rebuild
 
     table, source = params.certify, given["source"]
     images = open_images(params.data, source)
-    architecture, record = source.json("model.json"), source.json("calibration.json")
-    logits, digests = {}, {}
-    for done, (name, (stage, file)) in enumerate(WEIGHTS.items()):
-        given.progress("running the networks", done, len(WEIGHTS))
-        path = given[stage].path(file)
-        digests[name] = sha256_of(path)
-        network = rebuild(architecture, load_file(path))
-        logits[name] = logits_of(network, images.drawn("certification", table.batch))
-    given.progress("running the networks", len(WEIGHTS), len(WEIGHTS))
+    record = source.json("calibration.json")
     labels = np.asarray(images.dataset.train.labels)[images.draws["certification"]]
-    ledger = measure(logits, table.reserve)
-    arrays: dict[str, NDArray[Any]] = {
-        **logits,
-        "labels": labels,
-        "dense_label": ledger.dense_label,
-        "margin": ledger.margin,
-        "slack": ledger.slack,
-        "reserve": ledger.reserve,
-        "verdict": ledger.verdict,
-    }
-    save_file(arrays, out / "ledger.safetensors")
+    networks = load_networks(given)
+    with strict_float32(), contextlib.ExitStack() as stack:
+        sessions = {name: stack.enter_context(_session(network)) for name, network in networks.items()}
+        ledger = measure(
+            sessions,
+            images.drawn("certification", table.batch),
+            labels,
+            table,
+            lambda done: given.progress("running the networks", done, len(labels)),
+        )
+        few = images.batch(images.dataset.train, images.draws["certification"][: table.reference])
+        exact, plain = exact_logits(networks["dense"], few), sessions["dense"].run(few)
+    rows = ledger.rows
+    save_file(
+        {
+            "labels": rows.labels,
+            "kept_classes": rows.kept_classes,
+            "logits": rows.logits,
+            "eps": rows.eps,
+            "share": rows.share,
+            "displacement": rows.displacement,
+            "range": rows.range,
+            "verdict": ledger.verdict,
+            "reference": columns(exact, rows.kept_classes[: len(exact)], np.float64),
+        },
+        out / "ledger.safetensors",
+    )
     counts = ledger.counts()
     write_json(
         out / "certificate.json",
         {
-            "schema": 1,
+            "schema": 2,
             "samples": len(labels),
-            "classes": int(logits["dense"].shape[1]),
+            "classes": int(exact.shape[1]),
+            "kept": int(rows.kept_classes.shape[1]),
             "ids": record["certification_ids"],
             "reserve": table.reserve,
             "stages": list(ledger.stages),
             "counts": counts,
-            "top1": {name: int((decide(z) == labels).sum()) for name, z in logits.items()},
-            "spent": [dict(row) for row in ledger.spent],
+            "tests": ledger.tests(),
+            "top1": ledger.top1(),
             "margin_median": finite(np.median(ledger.margin)),
             "slack_median": finite(np.median(ledger.slack)),
-            "digests": digests,
+            "reference": reference_gap(exact, plain),
+            "spent": ledger.spent(),
+            "binds": binds(given, record["certification_ids"], table.batch),
             "zero_budget": {
                 row["name"]: row["zero_budget"] for row in given["prune"].json("layers.json") if row.get("zero_budget")
             },
@@ -87,14 +97,62 @@ def run(params: Params, given: Given, out: Path) -> Facts:
     return counts
 
 
+def load_networks(given: Given) -> "dict[str, Any]":
+    """Return the dense, pruned and tuned networks."""
+    from safetensors.torch import load_file
+
+    from mpdeploy.models import rebuild
+
+    architecture = given["source"].json("model.json")
+    return {name: rebuild(architecture, load_file(given[stage].path(file))) for name, (stage, file) in WEIGHTS.items()}
+
+
+def _session(network: Any) -> Session:
+    from mpdeploy.runtimes.torch_eager import TorchSession
+
+    return TorchSession(network)
+
+
+def measure(
+    sessions: Mapping[str, Session],
+    batches: Iterable[NDArray[np.float32]],
+    labels: NDArray[np.int64],
+    table: Certify,
+    progress: Callable[[int], None],
+) -> Ledger:
+    """Run every network on each batch and keep of it what the ledger needs: memory grows with n, not with n times K."""
+    parts, done = [], 0
+    for batch in batches:
+        progress(done)
+        logits = {name: session.run(batch) for name, session in sessions.items()}
+        parts.append(rows_of(labels[done : done + len(batch)], logits, table.keep))
+        done += len(batch)
+    progress(done)
+    return Ledger(tuple(sessions), joined(parts), table.reserve)
+
+
+def binds(given: Given, ids: list[str], batch: int) -> dict[str, Any]:
+    """Return what the certificate is about: with another of these it says nothing."""
+    return {
+        "weights": {name: sha256_of(given[stage].path(file)) for name, (stage, file) in WEIGHTS.items()},
+        "preprocessing": sha256_of(given["source"].path("preprocessing.json")),
+        "ids": hashlib.sha256("\n".join(ids).encode()).hexdigest(),
+        "versions": versions("torch", "timm", "numpy"),
+        "device": cpu_name(),
+        "precision": "float32",
+        "batch": batch,
+    }
+
+
 def ensures(made: Artifact) -> None:
     """No certified sample changes its label, in the numbers on disk."""
     from safetensors.numpy import load_file
 
     ledger = load_file(made.path("ledger.safetensors"))
-    lost = (ledger["verdict"] == 2) & (decide(ledger["tuned"]) != ledger["dense_label"])
-    if lost.any():
-        raise StageFailed(f"{int(lost.sum())} certified samples changed their label: a bug in the ledger.")
+    certified = ledger["verdict"] == Kept.CERTIFIED
+    label = decided(ledger["logits"][:, -1], ledger["kept_classes"])
+    if lost := int((certified & (label != ledger["kept_classes"][:, 0])).sum()):
+        raise StageFailed(f"{lost} certified samples changed their label: a bug in the ledger.")
 
 
 STAGE = Stage(
@@ -103,7 +161,7 @@ STAGE = Stage(
     takes=("source", "prune", "tune"),
     params=lambda recipe: Params(certify=recipe.certify, data=recipe.data),
     asks=asks,
-    environment=lambda _: versions("torch", "numpy"),
+    environment=lambda _: {**versions("torch", "numpy"), "cpu": cpu_name()},
     run=run,
     ensures=ensures,
 )

@@ -1,14 +1,15 @@
 """export: ONNX files of the tuned network and of its dense twin, with the sparsity manifest."""
 
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from mpdeploy.artifact import Artifact, write_json
-from mpdeploy.compare import decide
+from mpdeploy.certify.ledger import columns, decided, eps_between
 from mpdeploy.errors import StageFailed
 from mpdeploy.recipe import Data, Export, Table
 from mpdeploy.stage import Facts, Given, Stage
@@ -60,7 +61,7 @@ def run(params: Params, given: Given, out: Path) -> Facts:
     for kind, path in weights.items():
         module = rebuild(architecture, load_file(path))
         reference = given["certify"]
-        expected = _logits(reference, "tuned" if kind == "sparse" else "dense")[: len(sample)]
+        expected = _certified(reference, "tuned" if kind == "sparse" else "dense", len(sample))
         for precision in table.precision:
             name = file_name(kind, precision)
             given.progress(f"exporting {name}", len(record), total)
@@ -84,13 +85,30 @@ def _has(package: str) -> bool:
     return versions(package)[package] != "not installed"
 
 
-def _logits(certificate: Artifact, stage: str) -> Any:
+@dataclass(frozen=True)
+class Expected:
+    """A network's logits of the first certification samples, at the classes that the ledger keeps.
+
+    Attributes:
+        logits: float32 [n, T + 1].
+        kept_classes: int32 [n, T].
+        spread: largest minus smallest dense logit of any of these samples.
+    """
+
+    logits: NDArray[np.float32]
+    kept_classes: NDArray[np.int32]
+    spread: float
+
+
+def _certified(certificate: Artifact, stage: str, count: int) -> Expected:
     from safetensors.numpy import load_file
 
-    return load_file(certificate.path("ledger.safetensors"))[stage]
+    ledger = load_file(certificate.path("ledger.safetensors"))
+    at = certificate.json("certificate.json")["stages"].index(stage)
+    return Expected(ledger["logits"][:count, at], ledger["kept_classes"][:count], float(ledger["range"][:count].max()))
 
 
-def compare_with_torch(path: Path, images: Any, expected: Any, precision: str) -> dict[str, Any]:
+def compare_with_torch(path: Path, images: NDArray[np.float32], expected: Expected, precision: str) -> dict[str, Any]:
     """Run the exported file on ONNX Runtime's CPU and compare it with PyTorch's logits of the same images.
 
     Raises:
@@ -99,27 +117,28 @@ def compare_with_torch(path: Path, images: Any, expected: Any, precision: str) -
     from mpdeploy.runtimes.onnxruntime import OnnxSession
 
     with OnnxSession(path) as session:
-        got = np.concatenate([session.run(images[i : i + 64]) for i in range(0, len(images), 64)])
-    if not np.isfinite(got).all():
+        full = np.concatenate([session.run(images[i : i + 64]) for i in range(0, len(images), 64)])
+    if not np.isfinite(full).all():
         raise StageFailed(
             f"{path.name} gives NaN or infinity on the certification images where PyTorch does not.",
             hint="fp16 overflows in this network: take fp16 out of export.precision."
             if precision == "fp16"
             else "the operator set may be at fault: try another export.opset.",
         )
-    eps = np.abs(got.astype(np.float64) - expected).max(axis=1)
-    spread = float(np.ptp(expected.astype(np.float64), axis=1).max())
-    if precision == "fp32" and not float(eps.max()) <= FP32_LIMIT * spread:
+    got = columns(full, expected.kept_classes)
+    eps = eps_between(got, expected.logits)
+    if precision == "fp32" and not float(eps.max()) <= FP32_LIMIT * expected.spread:
         raise StageFailed(
             f"{path.name} computes something else than the PyTorch network: its logits are off by {eps.max():.3g}, "
-            f"{eps.max() / spread:.2g} of their range; rounding explains at most {FP32_LIMIT:g}.",
+            f"{eps.max() / expected.spread:.2g} of their range; rounding explains at most {FP32_LIMIT:g}.",
             hint="the exporter translated an operator differently; the model needs another formulation of it.",
         )
+    same = decided(got, expected.kept_classes) == decided(expected.logits, expected.kept_classes)
     return {
         "samples": len(images),
         "eps_inf_median": float(np.median(eps)),
         "eps_inf_max": float(eps.max()),
-        "label_agreement": float((decide(got) == expected.argmax(axis=1)).mean()),
+        "label_agreement": float(same.mean()),
     }
 
 

@@ -1,5 +1,7 @@
 """The images that stages share: which were drawn, loaded and preprocessed as the model wants them."""
 
+import contextlib
+import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -70,9 +72,26 @@ def open_images(data: Data, source: Artifact) -> Images:
     return Images(dataset, Preprocessing.from_json(source.json("preprocessing.json")), draws)
 
 
-def logits_of(module: "torch.nn.Module", batches: Iterator[NDArray[np.float32]]) -> NDArray[np.float32]:
-    """Run a network in eval mode and float32, without gradients; returns [n, K]."""
-    from mpdeploy.runtimes.torch_eager import TorchSession
+def exact_logits(module: "torch.nn.Module", images: NDArray[np.float32]) -> NDArray[np.float64]:
+    """Run a copy of a network in eval mode and float64; returns [n, K]."""
+    import torch
 
-    with TorchSession(module) as session:
-        return np.concatenate([session.run(batch) for batch in batches])
+    with torch.inference_mode():
+        logits = copy.deepcopy(module).cpu().double().eval()(torch.from_numpy(images).double())
+    result: NDArray[np.float64] = logits.numpy()
+    return result
+
+
+@contextlib.contextmanager
+def strict_float32() -> Iterator[None]:
+    """Let no library compute float32 products in fewer bits (TF32, bf16x3) within the block."""
+    import torch
+
+    matmul, cudnn = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(matmul)
+        torch.backends.cudnn.allow_tf32 = cudnn

@@ -1,24 +1,44 @@
 """validate: every engine that runs here, on the validation split, against the dense network and its dense twin."""
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from mpdeploy.artifact import Artifact, write_json
-from mpdeploy.certify.ledger import Kept, keeps, measure, pair_margins
+from mpdeploy.artifact import Artifact, sha256_of, write_json
+from mpdeploy.certify.ledger import (
+    Kept,
+    Ledger,
+    Rows,
+    columns,
+    decided,
+    joined,
+    rows_of,
+    slack_of,
+    spent_by,
+)
 from mpdeploy.compare import decide, decisions, interleave, speed, top1
 from mpdeploy.data import draw
 from mpdeploy.errors import StageFailed, Unavailable
 from mpdeploy.recipe import Data, Table, Validate
-from mpdeploy.runtimes import cpu_name
+from mpdeploy.runtimes import Session, cpu_name
 from mpdeploy.stage import Facts, Given, Stage
+from mpdeploy.stages.certify import load_networks
 from mpdeploy.stages.environment import needs, versions
-from mpdeploy.stages.images import Images, logits_of, open_images
+from mpdeploy.stages.export import file_name
+from mpdeploy.stages.images import open_images, strict_float32
 
 Logits = NDArray[np.float32]
+Sessions = Mapping[str, Session]
+
+COMMON = ("dense", "pruned", "tuned", "onnx")
+"""The stages that all engines share; each engine is one more behind the last of them."""
+FORWARD = 64
+"""Images per forward pass, or fewer where an engine takes fewer."""
 
 
 class Params(Table):
@@ -26,11 +46,28 @@ class Params(Table):
 
     validate_: Validate
     data: Data
+    keep: int
 
 
 def asks(params: Params) -> Mapping[str, Any]:
     """The images are pinned by the source artefact. Which engine is released is the gates' business, not ours."""
-    return {**params.validate_.model_dump(mode="json", exclude={"deploy"}), "seed": params.data.seed}
+    own = params.validate_.model_dump(mode="json", exclude={"deploy"})
+    return {**own, "seed": params.data.seed, "keep": params.keep}
+
+
+@dataclass(frozen=True)
+class Branch:
+    """One engine's share of the ledger of the validation samples.
+
+    Attributes:
+        logits: float32 [n, T + 1], at the ledger's kept classes.
+        eps: float64 [n], against the exported graph.
+        share: float64 [n], of the dense margin.
+    """
+
+    logits: Logits
+    eps: NDArray[np.float64]
+    share: NDArray[np.float64]
 
 
 def run(params: Params, given: Given, out: Path) -> Facts:
@@ -47,95 +84,188 @@ def run(params: Params, given: Given, out: Path) -> Facts:
         else draw(val, table.samples, params.data.seed)
     )
     labels = np.asarray(val.labels)[chosen]
-    arrays: dict[str, NDArray[Any]] = {"labels": labels, **_torch_logits(given, images, chosen)}
     certificate = load_file(given["certify"].path("ledger.safetensors"))
-    engines = []
-    names = given["build"].facts["engines"]
-    for done, name in enumerate(names):
-        given.progress(f"measuring {name}", done, len(names))
-        engines.append(_measure(name, given, images, chosen, arrays, certificate, table))
-    given.progress("measuring", len(names), len(names))
+    with contextlib.ExitStack() as stack:
+        engines, missing = _open_engines(given, stack)
+        size = min([FORWARD, *(int(_manifest(given, name)["batch"][2]) for name in engines)])
+        chain = {**_torch_sessions(given, stack), "onnx": _exported_session(given, stack)}
+        rows, branches = _ledger(
+            chain, engines, images.batches(val, chosen, size), labels, params.keep, given, len(chosen)
+        )
+        certified = _certification(engines, images.drawn("certification", size), certificate["kept_classes"], given)
+        sample = images.batch(val, chosen[: min(size, 8, len(chosen))])
+        consistent = {name: _batch_consistent(session, sample) for name, session in engines.items()}
+    arrays: dict[str, NDArray[Any]] = {
+        "labels": rows.labels,
+        "kept_classes": rows.kept_classes,
+        "logits": rows.logits,
+        "eps": rows.eps,
+        "share": rows.share,
+    }
+    found = []
+    for name in given["build"].facts["engines"]:
+        if name in missing:
+            found.append({"id": name, "status": "not run", "why_not": missing[name]})
+            continue
+        arrays |= {f"engine.{name}": branches[name].logits, f"certification.{name}": certified[name]}
+        arrays |= {f"engine.{name}.eps": branches[name].eps, f"engine.{name}.share": branches[name].share}
+        latency = _latency(name, given, images.batch(val, chosen[: table.batch]), table, arrays)
+        found.append(
+            {
+                "id": name,
+                "status": "measured",
+                "why_not": "",
+                **_judged(rows, branches[name], certified[name], certificate, given, table.confidence),
+                "batch_consistent": consistent[name],
+                "latency": latency,
+            }
+        )
     save_file({key: np.ascontiguousarray(value) for key, value in arrays.items()}, out / "samples.safetensors")
     write_json(out / "validation.json", {"ids": [val.ids[i] for i in chosen], "indices": chosen.tolist()})
-    dense = top1(arrays["dense"], labels, table.confidence)
+    decided_by = {name: decided(rows.logits[:, i], rows.kept_classes) for i, name in enumerate(COMMON)}
+    dense = top1(decided_by["dense"], labels, table.confidence)
     write_json(
         out / "results.json",
         {
-            "schema": 1,
+            "schema": 2,
             "confidence": table.confidence,
             "machine": cpu_name(),
-            "validation": {"samples": len(labels), "classes": int(arrays["dense"].shape[1])},
+            "validation": {"samples": len(labels), "classes": _classes(given)},
             "dense_top1": dense,
-            "tuned_top1": top1(arrays["tuned"], labels, table.confidence),
-            "engines": engines,
+            "tuned_top1": top1(decided_by["tuned"], labels, table.confidence),
+            "binds": _binds(given),
+            "engines": found,
         },
     )
     return {"samples": len(labels), "dense_top1": dense["value"]}
 
 
-def _torch_logits(given: Given, images: Images, chosen: NDArray[np.int64]) -> dict[str, NDArray[Any]]:
-    """Return the dense, pruned and tuned networks' logits of the validation images."""
-    from safetensors.torch import load_file
-
-    from mpdeploy.models import rebuild
-    from mpdeploy.stages.certify import WEIGHTS
-
-    architecture = given["source"].json("model.json")
-    logits = {}
-    for done, (name, (stage, file)) in enumerate(WEIGHTS.items()):
-        given.progress(f"running the {name} network", done, len(WEIGHTS))
-        network = rebuild(architecture, load_file(given[stage].path(file)))
-        logits[name] = logits_of(network, images.batches(images.dataset.val, chosen, 64))
-    return logits
+def _manifest(given: Given, name: str) -> dict[str, Any]:
+    manifest: dict[str, Any] = given["build"].json(f"engines/{name}/engine.json")
+    return manifest
 
 
-def _measure(
-    name: str,
-    given: Given,
-    images: Images,
-    chosen: NDArray[np.int64],
-    arrays: dict[str, NDArray[Any]],
-    certificate: Mapping[str, NDArray[Any]],
-    table: Validate,
-) -> dict[str, Any]:
-    """Measure one engine; adds its raw samples to `arrays`."""
+def _classes(given: Given) -> int:
+    return int(given["certify"].json("certificate.json")["classes"])
+
+
+def _open_engines(given: Given, stack: contextlib.ExitStack) -> tuple[dict[str, Session], dict[str, str]]:
+    """Open every engine that runs here; of the others return why not."""
     from mpdeploy.runtimes import open_engine
 
-    build = given["build"]
-    folder = build.path(f"engines/{name}/engine.json").parent
-    manifest = build.json(f"engines/{name}/engine.json")
-    try:
-        session = open_engine(folder)
-    except Unavailable as missing:
-        return {"id": name, "status": "not run", "why_not": manifest["why_not"] or missing.what}
-    size = int(manifest["batch"][2])
-    with session:
-        logits = _run(session, images.batches(images.dataset.val, chosen, size))
-        certification = _run(session, images.drawn("certification", size))
-        sample = images.batch(images.dataset.val, chosen[: min(size, 8, len(chosen))])
-        consistent = _batch_consistent(session, sample)
-        latency = _latency(session, name, given, images.batch(images.dataset.val, chosen[: table.batch]), table, arrays)
-    arrays[f"engine.{name}"], arrays[f"certification.{name}"] = logits, certification
-    ok = bool(np.isfinite(logits).all() and np.isfinite(certification).all())
-    stages = {"dense": arrays["dense"], "pruned": arrays["pruned"], "tuned": arrays["tuned"], "engine": logits}
+    engines, missing = {}, {}
+    for name in given["build"].facts["engines"]:
+        try:
+            folder = given["build"].path(f"engines/{name}/engine.json").parent
+            engines[name] = stack.enter_context(open_engine(folder))
+        except Unavailable as error:
+            missing[name] = _manifest(given, name)["why_not"] or error.what
+    return engines, missing
+
+
+def _torch_sessions(given: Given, stack: contextlib.ExitStack) -> dict[str, Session]:
+    from mpdeploy.runtimes.torch_eager import TorchSession
+
+    stack.enter_context(strict_float32())
+    return {name: stack.enter_context(TorchSession(network)) for name, network in load_networks(given).items()}
+
+
+def exported_file(given: Given) -> Path:
+    """Return the exported graph that the engines are held against: the fp32 one, else the first there is."""
+    names = given["export"].json("export.json")["files"]
+    name = file_name("sparse", "fp32")
+    return given["export"].path(name if name in names else next(n for n in names if names[n]["weights"] == "sparse"))
+
+
+def _exported_session(given: Given, stack: contextlib.ExitStack) -> Session:
+    from mpdeploy.runtimes.onnxruntime import OnnxSession
+
+    return stack.enter_context(OnnxSession(exported_file(given)))
+
+
+def _ledger(
+    chain: Sessions,
+    engines: Sessions,
+    batches: Iterable[Logits],
+    labels: NDArray[np.int64],
+    keep: int,
+    given: Given,
+    total: int,
+) -> tuple[Rows, dict[str, Branch]]:
+    """Run everything on each batch and keep what the ledger needs of it."""
+    parts: list[Rows] = []
+    branches: dict[str, list[Branch]] = {name: [] for name in engines}
+    done = 0
+    for batch in batches:
+        given.progress("running networks and engines", done, total)
+        stages = {name: session.run(batch) for name, session in chain.items()}
+        own = {name: session.run(batch) for name, session in engines.items()}
+        rows = rows_of(labels[done : done + len(batch)], stages, keep, list(own.values()))
+        for name, logits in own.items():
+            label = rows.kept_classes[:, 0].astype(np.int64)
+            eps, share = spent_by(stages["onnx"], logits, stages["dense"], label)
+            branches[name].append(Branch(columns(logits, rows.kept_classes), eps, share))
+        parts.append(rows)
+        done += len(batch)
+    given.progress("running networks and engines", done, total)
+    return joined(parts), {name: _joined_branch(pieces) for name, pieces in branches.items()}
+
+
+def _joined_branch(pieces: list[Branch]) -> Branch:
+    return Branch(*(np.concatenate([getattr(p, key) for p in pieces]) for key in ("logits", "eps", "share")))
+
+
+def _certification(
+    engines: Sessions, batches: Iterable[Logits], kept: NDArray[np.int32], given: Given
+) -> dict[str, Logits]:
+    """Run the engines on the certification images; keep the classes that the certificate keeps."""
+    parts: dict[str, list[Logits]] = {name: [] for name in engines}
+    done = 0
+    for batch in batches:
+        given.progress("running engines on certified images", done, len(kept))
+        for name, session in engines.items():
+            parts[name].append(columns(session.run(batch), kept[done : done + len(batch)]))
+        done += len(batch)
+    given.progress("running engines on certified images", done, len(kept))
+    return {name: np.concatenate(pieces) for name, pieces in parts.items()}
+
+
+def _judged(
+    rows: Rows,
+    branch: Branch,
+    certified: Logits,
+    certificate: Mapping[str, Any],
+    given: Given,
+    confidence: float,
+) -> dict[str, Any]:
+    """Return what an engine's logits say about its labels, the certificate's, and what it spent of the margins."""
+    slack = slack_of(branch.logits)
+    ok = bool(np.isfinite(slack).all() and np.isfinite(slack_of(certified)).all())
     return {
-        "id": name,
-        "status": "measured",
-        "why_not": "",
-        **decisions(arrays["dense"], logits, arrays["labels"], table.confidence),
-        "certified": _violations(certificate, certification, given["certify"].json("certificate.json")["ids"]),
-        "spent": [dict(row) for row in measure(stages, 0.0).spent] if ok else [],
+        **decisions(
+            decided(rows.logits[:, 0], rows.kept_classes),
+            decided(branch.logits, rows.kept_classes),
+            slack > 0,
+            rows.labels,
+            confidence,
+        ),
+        "certified": _violations(certificate, certified, given["certify"].json("certificate.json")["ids"]),
+        "spent": Ledger((*COMMON, "engine"), _with(rows, branch), 0.0).spent() if ok else [],
         "finite": ok,
-        "batch_consistent": consistent,
-        "latency": latency,
     }
 
 
-def _run(session: Any, batches: Any) -> Logits:
-    return np.concatenate([session.run(batch) for batch in batches])
+def _with(rows: Rows, branch: Branch) -> Rows:
+    """Return the chain with one engine behind it."""
+    return replace(
+        rows,
+        logits=np.concatenate([rows.logits, branch.logits[:, None]], axis=1),
+        eps=np.concatenate([rows.eps, branch.eps[:, None]], axis=1),
+        share=np.concatenate([rows.share, branch.share[:, None]], axis=1),
+    )
 
 
-def _batch_consistent(session: Any, sample: Logits) -> bool:
+def _batch_consistent(session: Session, sample: Logits) -> bool:
     """Tell whether each image gets the same label alone, beside others, and beside copies of itself."""
     together = decide(session.run(sample))
     alone = np.concatenate([decide(session.run(sample[i : i + 1])) for i in range(len(sample))])
@@ -143,9 +273,9 @@ def _batch_consistent(session: Any, sample: Logits) -> bool:
     return bool((together == alone).all() and (copies == alone[0]).all())
 
 
-def _violations(certificate: Mapping[str, NDArray[Any]], engine: Logits, ids: list[str]) -> dict[str, Any]:
+def _violations(certificate: Mapping[str, Any], engine: Logits, ids: list[str]) -> dict[str, Any]:
     """Count labels that the ledger certified (or kept) and the engine lost."""
-    lost = ~keeps(pair_margins(engine, certificate["dense_label"]))
+    lost = ~(slack_of(engine) > 0)
     broken = lost & (certificate["verdict"] == Kept.CERTIFIED)
     return {
         "n": int((certificate["verdict"] == Kept.CERTIFIED).sum()),
@@ -155,14 +285,25 @@ def _violations(certificate: Mapping[str, NDArray[Any]], engine: Logits, ids: li
     }
 
 
+def _binds(given: Given) -> dict[str, Any]:
+    """Return which files were measured: with another one of them these results say nothing."""
+    export, build = given["export"], given["build"]
+    manifests = {name: _manifest(given, name) for name in build.facts["engines"]}
+    return {
+        "certificate": sha256_of(given["certify"].path("certificate.json")),
+        "onnx": {name: sha256_of(export.path(name)) for name in export.json("export.json")["files"]},
+        "engines": {name: manifest["sha256"] for name, manifest in manifests.items()},
+    }
+
+
 def _latency(
-    session: Any, name: str, given: Given, batch: Logits, table: Validate, arrays: dict[str, NDArray[Any]]
+    name: str, given: Given, batch: Logits, table: Validate, arrays: dict[str, NDArray[Any]]
 ) -> dict[str, Any]:
     """Time the engine against its dense twin: same graph, precision, runtime, batch and sitting."""
     from mpdeploy.runtimes import open_engine
 
-    twin_manifest = given["build"].path(f"engines/{name}.dense/engine.json")
-    with open_engine(twin_manifest.parent) as twin:
+    own, other = (given["build"].path(f"engines/{name}{end}/engine.json").parent for end in ("", ".dense"))
+    with open_engine(own) as session, open_engine(other) as twin:
         latencies = interleave(
             lambda calls: session.time(batch, calls),
             lambda calls: twin.time(batch, calls),
@@ -171,9 +312,8 @@ def _latency(
             lambda done, total: given.progress(f"timing {name}", done, total),
         )
     arrays[f"latency.{name}"], arrays[f"latency.{name}.dense"] = latencies.engine, latencies.twin
-    threads = given["build"].json(f"engines/{name}/engine.json")["threads"]
     summary = speed(latencies, table.blocks, table.confidence)
-    return {"batch": len(batch), "threads": threads, "twin": f"{name}.dense", **summary}
+    return {"batch": len(batch), "threads": _manifest(given, name)["threads"], "twin": f"{name}.dense", **summary}
 
 
 def ensures(made: Artifact) -> None:
@@ -189,8 +329,8 @@ def ensures(made: Artifact) -> None:
 STAGE = Stage(
     name="validate",
     summary="run the engines on the validation images: labels, margins, latency against the dense twin",
-    takes=("source", "prune", "tune", "certify", "build"),
-    params=lambda recipe: Params(validate_=recipe.validate_, data=recipe.data),
+    takes=("source", "prune", "tune", "certify", "export", "build"),
+    params=lambda recipe: Params(validate_=recipe.validate_, data=recipe.data, keep=recipe.certify.keep),
     asks=asks,
     environment=lambda _: {**versions("onnxruntime", "torch", "numpy"), "cpu": cpu_name()},
     run=run,
