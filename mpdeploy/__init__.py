@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from mpdeploy.api import Run, layers, plan, run, spectrum, verify_bundle
+    from mpdeploy.api import Run, certify_pair, layers, plan, run, spectrum, verify_bundle
     from mpdeploy.errors import CorruptArtifact, MpdeployError, RecipeError, StageFailed, Unavailable
     from mpdeploy.recipe import Recipe, RecipeFile, load_recipe
 
@@ -22,6 +22,7 @@ _HOME = {
     "Run": "mpdeploy.api",
     "StageFailed": "mpdeploy.errors",
     "Unavailable": "mpdeploy.errors",
+    "certify_pair": "mpdeploy.api",
     "layers": "mpdeploy.api",
     "load_recipe": "mpdeploy.recipe",
     "plan": "mpdeploy.api",
@@ -40,6 +41,7 @@ __all__ = [
     "StageFailed",
     "Unavailable",
     "__version__",
+    "certify_pair",
     "layers",
     "load_recipe",
     "plan",

@@ -25,6 +25,7 @@ from mpdeploy.verify import Finding, Unreadable, verify
 if TYPE_CHECKING:
     from torch import nn
 
+    from mpdeploy.pairs import Pair
     from mpdeploy.spectra import Spectra
 
 LAST = STAGES[-1].name
@@ -171,6 +172,65 @@ def _write_page(page: Path, text: str) -> None:
         raise RecipeError(
             f"{page} can't be written: {error.strerror or error}.", hint="pass --out with a file or folder that can be."
         ) from error
+
+
+def certify_pair(
+    a: str,
+    b: str,
+    *,
+    data: str,
+    split: str = "val",
+    samples: int = 0,
+    seed: int = 0,
+    preprocessing: str | None = None,
+    args: Mapping[str, Any] | None = None,
+    keep: int = 16,
+    confidence: float = 0.95,
+    candidates: int = 1,
+    out: str | Path | None = None,
+    watcher: Watcher | None = None,
+) -> "Pair":
+    """Account for what is left of network A's margins in network B, on the same images.
+
+    Args:
+        a: the reference: an .onnx file, a network's name, a recipe or a bundle; "=WEIGHTS" behind it picks weights.
+        b: what became of it, named in the same way.
+        data: a folder with train/ and val/, an .npz, a recipe, a packaged set, or inputs as .npy float32 [n, C, H, W].
+        split: "val" or "train".
+        samples: how many images, drawn class-balanced; 0 is all.
+        seed: of that draw.
+        preprocessing: a bundle or a preprocessing.json, where neither network says what it wants.
+        args: passed to the constructors of networks given by name.
+        keep: classes kept of each sample.
+        confidence: of every interval and bound.
+        candidates: how many networks B was chosen from on these same samples.
+        out: a folder for certificate.json and ledger.safetensors; None writes none.
+        watcher: who wants to know how it goes.
+
+    Raises:
+        MpdeployError: a network or the images can't be had, or the two don't fit each other.
+    """
+    from mpdeploy import pairs
+    from mpdeploy.runnable import open_inputs, opened, preprocessing_of
+
+    watcher = watcher or Silent()
+    watcher.stage("certify", "running", f"{a} -> {b}")
+    with opened(a, args or {}) as first, opened(b, args or {}) as second:
+        inputs = open_inputs(data, split, samples, seed, lambda: preprocessing_of((first, second), preprocessing))
+        pair = pairs.compare(
+            first,
+            second,
+            inputs,
+            keep=keep,
+            confidence=confidence,
+            candidates=candidates,
+            progress=lambda d, t: watcher.progress("running both networks", d, t),
+        )
+    if out is not None:
+        with space_errors_named(Path(out)):
+            pairs.write(pair, Path(out))
+    watcher.stage("certify", "done", f"{pair.facts['samples']} samples")
+    return pair
 
 
 def verify_bundle(bundle: str | Path, expect: str | None = None) -> list[Finding]:

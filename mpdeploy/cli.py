@@ -117,6 +117,57 @@ def verify(
 
 
 @app.command()
+def certify(
+    a: Annotated[
+        str,
+        typer.Argument(
+            metavar="A",
+            help="The reference: FILE.onnx, a network's name, a recipe or a bundle, then =WEIGHTS if needed.",
+        ),
+    ],
+    b: Annotated[str, typer.Argument(metavar="B", help="What became of it, named in the same way.")],
+    data: Annotated[
+        str, typer.Option("--data", metavar="D", help="Image folder, .npz, recipe, packaged set, or inputs as .npy.")
+    ],
+    split: Annotated[str, typer.Option("--split", help="val or train.")] = "val",
+    samples: Annotated[int, typer.Option("--samples", min=0, help="How many, class-balanced; 0 is all.")] = 0,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Of the draw.")] = 0,
+    preprocessing: Annotated[
+        str | None, typer.Option("--preprocessing", metavar="P", help="A bundle or a preprocessing.json.")
+    ] = None,
+    args: Annotated[
+        list[str] | None, typer.Option("--arg", metavar="KEY=VALUE", help="Pass it to the networks' constructors.")
+    ] = None,
+    keep: Annotated[int, typer.Option("--keep", min=2, help="Classes kept of each sample.")] = 16,
+    confidence: Annotated[float, typer.Option("--confidence", help="Of every interval and bound.")] = 0.95,
+    candidates: Annotated[
+        int, typer.Option("--candidates", min=1, help="Networks that B was chosen from on these same samples.")
+    ] = 1,
+    min_agreement: Annotated[
+        float | None, typer.Option("--min-agreement", metavar="SHARE", help="Exit 1 if fewer labels are kept.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option("--out", help="A folder for certificate.json and the ledger.")] = None,
+    as_json: JsonOpt = False,
+) -> None:
+    """Account for what is left of network A's margins in network B, on the same images."""
+    from mpdeploy import api
+    from mpdeploy.show import Terminal, pair_tables
+    from mpdeploy.spectra import parse_args
+
+    with Terminal() as watcher:
+        pair = api.certify_pair(
+            a, b, data=data, split=split, samples=samples, seed=seed, preprocessing=preprocessing,
+            args=parse_args(args or []), keep=keep, confidence=confidence, candidates=candidates, out=out,
+            watcher=watcher,
+        )  # fmt: skip
+    if as_json:
+        _print_json(pair.facts)
+    else:
+        pair_tables(pair)
+    raise typer.Exit(0 if min_agreement is None or pair.agreement >= min_agreement else 1)
+
+
+@app.command()
 def report(
     bundle: BundleArg,
     out: Annotated[Path | None, typer.Option("--out", help="Where to write the page [BUNDLE.html].")] = None,

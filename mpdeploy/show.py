@@ -16,6 +16,7 @@ from mpdeploy.pipeline import Step
 from mpdeploy.planning import LayerRow, Preview
 
 if TYPE_CHECKING:
+    from mpdeploy.pairs import Pair
     from mpdeploy.spectra import LayerSpectrum, Spectra
 
 COLOURS = {"holds": "green", "ok": "green", "refuted": "red", "broken": "red"}
@@ -191,6 +192,41 @@ def _engine_table(results: dict[str, Any]) -> Table:
             f"{ratio['value']:.2f} ({ratio['low']:.2f}-{ratio['high']:.2f}) {speed['verdict']}",
         )
     return made
+
+
+def pair_tables(pair: "Pair") -> None:
+    """Print what is left of one network's margins in another."""
+    out, facts = console(), pair.facts
+    a, b, n, spent = facts["a"], facts["b"], facts["samples"], facts["spent"]
+    out.print(f"A  {a['name']}: {a['what']}\nB  {b['name']}: {b['what']}\non {n} images of {facts['data']}", "")
+    tests = table(
+        "Labels of A that B keeps, by each test (observed)", ("test", "certifies", "of", "share"), ("certifies",)
+    )
+    what = {"pairwise": "pairwise: exactly those kept", "span": "span of the change < margin"}
+    what["two_inf"] = "2 x largest change < margin"
+    for name, k in facts["tests"].items():
+        tests.add_row(what[name], str(k), str(n), f"{100 * k / n:.2f} %")
+    out.print(tests, "")
+    made = table(
+        "What was spent of A's margins", ("step", "largest change", "median", "share of margin, median", "99 %")
+    )
+    if gap := facts["reference"]:
+        step = f"A in float64 -> float32 ({gap['samples']} images)"
+        made.add_row(step, _short(gap["eps_inf_max"]), _short(gap["eps_inf_median"]), "", "")
+    shares = (_share(spent["share_median"]), _share(spent["share_p99"]))
+    made.add_row("A -> B", _short(spent["eps_inf_max"]), _short(spent["eps_inf_median"]), *shares)
+    out.print(made, "")
+    for name, own in facts.get("top1", {}).items():
+        out.print(f"top-1 of {name.upper()}: {100 * own['value']:.2f} %")
+    out.print(facts["disagreement"]["statement"], soft_wrap=True)
+
+
+def _short(value: float | None) -> str:
+    return "not finite" if value is None else f"{value:.3g}"
+
+
+def _share(value: float | None) -> str:
+    return "-" if value is None else f"{100 * value:.3g} %"
 
 
 def findings_table(findings: Sequence[Any], verdict: Any) -> None:

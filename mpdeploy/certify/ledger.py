@@ -253,6 +253,11 @@ class Ledger:
         kept = np.where(slack > self.aside * self.rows.range, Kept.CERTIFIED, Kept.KEPT)
         return np.where(slack > 0, kept, Kept.FLIPPED).astype(np.uint8)
 
+    def arrays(self) -> dict[str, NDArray[Any]]:
+        """Return the rows and verdicts under the names that they have in ledger.safetensors."""
+        columns = {name: np.ascontiguousarray(value) for name, value in vars(self.rows).items()}
+        return {**columns, "verdict": self.verdict}
+
     def counts(self) -> dict[str, int]:
         """Return how many samples were flipped, kept but not certified, and certified."""
         return {kind.name.lower(): int((self.verdict == kind).sum()) for kind in Kept}

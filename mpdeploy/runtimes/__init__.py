@@ -279,8 +279,10 @@ def write_manifest(
     return loaded
 
 
-def checked_images(images: NDArray[np.float32], input_size: Sequence[int]) -> NDArray[np.float32]:
+def checked_images(images: NDArray[np.float32], input_size: Sequence[int | str | None]) -> NDArray[np.float32]:
     """`images` in C order, after checking that they are float32 [n, C, H, W] with n > 0 and the engine's C, H, W.
+
+    A size that is no number (a name, or nothing) is one that the engine leaves open.
 
     Raises:
         StageFailed: They are not; a runtime's own complaint would not name both sides.
@@ -288,7 +290,8 @@ def checked_images(images: NDArray[np.float32], input_size: Sequence[int]) -> ND
     if (
         images.dtype != np.float32
         or images.ndim != 4
-        or tuple(images.shape[1:]) != tuple(input_size)
+        or len(input_size) != 3
+        or any(isinstance(own, int) and own != n for own, n in zip(input_size, images.shape[1:], strict=True))
         or not len(images)
     ):
         expected = ", ".join(str(size) for size in input_size)

@@ -46,6 +46,9 @@ class OnnxSession(Session):
         target: "cpu" or "cuda".
         threads: Threads inside one operator.
 
+    Attributes:
+        input_size: channels, height, width; a name or None where the file leaves one open.
+
     Raises:
         Unavailable: ONNX Runtime or the provider is missing.
         StageFailed: The file doesn't load.
@@ -55,7 +58,7 @@ class OnnxSession(Session):
         library = _library()
         self._session: Any = _session(library, path, _provider(library, target), threads)
         self._input = self._session.get_inputs()[0].name
-        self._size: tuple[int, ...] = tuple(self._session.get_inputs()[0].shape[1:])
+        self.input_size: tuple[int | str | None, ...] = tuple(self._session.get_inputs()[0].shape[1:])
         self._output = self._session.get_outputs()[0].name
 
     def run(self, images: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -64,11 +67,11 @@ class OnnxSession(Session):
         Raises:
             StageFailed: The images don't fit, or the runtime fails.
         """
-        return self._call(checked_images(images, self._size))
+        return self._call(checked_images(images, self.input_size))
 
     def time(self, images: NDArray[np.float32], calls: int) -> NDArray[np.float64]:
         """Seconds of each of `calls` finished calls (transfers included), after a warm-up that is not counted."""
-        ready = checked_images(images, self._size)
+        ready = checked_images(images, self.input_size)
         return seconds_per_call(lambda: self._call(ready), calls)
 
     def close(self) -> None:

@@ -57,17 +57,7 @@ def run(params: Params, given: Given, out: Path) -> Facts:
         exact, plain = exact_logits(networks["dense"], few), sessions["dense"].run(few)
     rows = ledger.rows
     save_file(
-        {
-            "labels": rows.labels,
-            "kept_classes": rows.kept_classes,
-            "logits": rows.logits,
-            "eps": rows.eps,
-            "share": rows.share,
-            "displacement": rows.displacement,
-            "range": rows.range,
-            "verdict": ledger.verdict,
-            "reference": columns(exact, rows.kept_classes[: len(exact)], np.float64),
-        },
+        {**ledger.arrays(), "reference": columns(exact, rows.kept_classes[: len(exact)], np.float64)},
         out / "ledger.safetensors",
     )
     counts = ledger.counts()

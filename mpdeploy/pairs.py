@@ -1,0 +1,158 @@
+"""Two networks of any origin on the same images: what of A's margins is left in B, and what may be claimed of it.
+
+    with opened("model.onnx", {}) as a, opened("model.int8.onnx", {}) as b:
+        pair = compare(a, b, inputs, keep=16, confidence=0.95, candidates=1, progress=print)
+
+The same ledger as a recipe's, with two stages: A is the reference, B is what became of it.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mpdeploy.artifact import write_json
+from mpdeploy.certify.ledger import Ledger, columns, finite, joined, reference_gap, rows_of, winner
+from mpdeploy.certify.statistics import disagreement, proportion, samples_needed
+from mpdeploy.errors import StageFailed
+from mpdeploy.runnable import Inputs, Runnable, check_same_input
+from mpdeploy.stages.environment import versions
+from mpdeploy.stages.images import strict_float32
+
+Progress = Callable[[int, int], None]
+REFERENCE = 8
+"""Samples on which A is run in float64 too, to tell what float32 costs the reference."""
+TARGET = 0.01
+"""Of the disagreement on unseen inputs; how many samples it would take is told."""
+
+
+@dataclass(frozen=True)
+class Pair:
+    """What was measured.
+
+    Attributes:
+        ledger: of A and B.
+        facts: what `mpdeploy certify --json` prints.
+        exact: float64 logits of A of the first samples at the kept classes, [g, T + 1].
+    """
+
+    ledger: Ledger
+    facts: dict[str, Any]
+    exact: NDArray[np.float64]
+
+    @property
+    def agreement(self) -> float:
+        """Share of the samples whose label B keeps."""
+        return float((self.ledger.slack > 0).mean())
+
+
+def compare(
+    a: Runnable,
+    b: Runnable,
+    inputs: Inputs,
+    *,
+    keep: int,
+    confidence: float,
+    candidates: int,
+    progress: Progress,
+) -> Pair:
+    """Run both networks on every image and account for each margin.
+
+    Args:
+        a: the reference, whose labels are to be kept.
+        b: what became of it.
+        inputs: the images.
+        keep: classes kept of each sample.
+        confidence: of every interval and bound.
+        candidates: how many networks B was chosen from on these same samples (Bonferroni).
+        progress: told (done, total).
+
+    Raises:
+        StageFailed: the two don't take the same input or give the same classes, or A's logits are not finite.
+    """
+    parts, done, total = [], 0, len(inputs.ids)
+    exact: NDArray[np.float64] | None = None
+    plain: NDArray[np.float32] | None = None
+    with strict_float32():
+        for batch in inputs.batches(min(a.batch, b.batch) if not (a.exactly or b.exactly) else max(a.batch, b.batch)):
+            progress(done, total)
+            if done == 0:
+                check_same_input((a, b), batch)
+            logits = {"a": a.run(batch), "b": b.run(batch)}
+            _check_same_classes(a, b, logits)
+            labels = winner(logits["a"]) if inputs.labels is None else inputs.labels[done : done + len(batch)]
+            parts.append(rows_of(labels, logits, keep))
+            if done == 0 and a.exact is not None:
+                plain = logits["a"][:REFERENCE]
+                exact = a.exact(batch[:REFERENCE])
+            done += len(batch)
+    progress(total, total)
+    ledger = Ledger(("a", "b"), joined(parts), 0.0)
+    kept = ledger.rows.kept_classes
+    gap = None if exact is None or plain is None else reference_gap(exact, plain)
+    facts = _facts(a, b, inputs, ledger, gap, int(logits["a"].shape[1]), confidence, candidates)
+    none = np.empty((0, kept.shape[1] + 1))
+    return Pair(ledger, facts, none if exact is None else columns(exact, kept[: len(exact)], np.float64))
+
+
+def _check_same_classes(a: Runnable, b: Runnable, logits: dict[str, NDArray[np.float32]]) -> None:
+    for one, own in ((a, logits["a"]), (b, logits["b"])):
+        if own.ndim != 2:
+            raise StageFailed(f"{one.name} gives an output of shape {list(own.shape)}; expected logits [n, K].")
+    if logits["a"].shape != logits["b"].shape:
+        raise StageFailed(
+            f"{a.name} gives {logits['a'].shape[1]} classes and {b.name} {logits['b'].shape[1]}: "
+            "there is nothing to compare."
+        )
+
+
+def _facts(
+    a: Runnable,
+    b: Runnable,
+    inputs: Inputs,
+    ledger: Ledger,
+    gap: dict[str, Any] | None,
+    classes: int,
+    confidence: float,
+    candidates: int,
+) -> dict[str, Any]:
+    n = len(inputs.ids)
+    lost = np.flatnonzero(~(ledger.slack > 0)).tolist()
+    margin = ledger.margin
+    facts: dict[str, Any] = {
+        "schema": 1,
+        "a": {"name": a.name, "what": a.what, "sha256": a.digest},
+        "b": {"name": b.name, "what": b.what, "sha256": b.digest},
+        "data": inputs.name,
+        "samples": n,
+        "classes": classes,
+        "kept": int(ledger.rows.kept_classes.shape[1]),
+        "agreement": proportion(n - len(lost), n, confidence).json(),
+        "tests": ledger.tests(),
+        "margin_median": finite(np.median(ledger.margin)),
+        "slack_median": finite(np.median(ledger.slack)),
+        "reference": gap,
+        "spent": ledger.spent()[0],
+        "flipped": [{"id": inputs.ids[i], "margin": finite(margin[i])} for i in lost],
+        "disagreement": disagreement(len(lost), n, confidence, candidates).json(),
+        "samples_for_target": {"target": TARGET, "none_disagreeing": samples_needed(TARGET, confidence)},
+        "versions": versions("torch", "timm", "numpy", "onnxruntime"),
+    }
+    if inputs.labels is not None:
+        facts["top1"] = {name: proportion(k, n, confidence).json() for name, k in ledger.top1().items()}
+    return facts
+
+
+def write(pair: Pair, folder: Path) -> None:
+    """Write certificate.json and ledger.safetensors into a folder, which is made.
+
+    The arrays are those of a bundle's ledger.safetensors; README says what each of them is.
+    """
+    from safetensors.numpy import save_file
+
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file({**pair.ledger.arrays(), "reference": pair.exact}, folder / "ledger.safetensors")
+    write_json(folder / "certificate.json", pair.facts)
