@@ -20,6 +20,7 @@ from mpdeploy.planning import Preview, preview
 from mpdeploy.recipe import RecipeFile, load_recipe
 from mpdeploy.stages import STAGES
 from mpdeploy.store import Store, space_errors_named, write_whole
+from mpdeploy.unseen import candidates
 from mpdeploy.verify import Finding, Unreadable, verify
 
 if TYPE_CHECKING:
@@ -83,14 +84,17 @@ def run(
         return Run(artifacts, None, None, {})
     folder = Path(out) if out else Path("bundles") / file.recipe.name
     with space_errors_named(folder):
-        _write_bundle(folder, file, artifacts, watcher)
+        count = candidates(artifacts[LAST], home.remembered(LAST))
+        _write_bundle(folder, file, artifacts, count, watcher)
     verdict = read_json(folder / "verdict.json")
     return Run(artifacts, folder, verdict["verdict"], verdict)
 
 
-def _write_bundle(folder: Path, file: RecipeFile, artifacts: Mapping[str, Artifact], watcher: Watcher) -> None:
+def _write_bundle(
+    folder: Path, file: RecipeFile, artifacts: Mapping[str, Artifact], count: int, watcher: Watcher
+) -> None:
     """Write the bundle, or check the one that is there."""
-    if bundles.is_current(folder, file, artifacts):
+    if bundles.is_current(folder, file, artifacts, count):
         check_files(folder, read_json(folder / "manifest.json")["files"], "The bundle")
         watcher.stage("report", "reused", str(folder))
         return
@@ -98,7 +102,7 @@ def _write_bundle(folder: Path, file: RecipeFile, artifacts: Mapping[str, Artifa
     from mpdeploy.report import render
 
     watcher.stage("report", "running", str(folder))
-    bundles.assemble(folder, file, artifacts, render, lambda d, t: watcher.progress("writing the bundle", d, t))
+    bundles.assemble(folder, file, artifacts, count, render, lambda d, t: watcher.progress("writing the bundle", d, t))
     watcher.stage("report", "done", str(folder))
 
 

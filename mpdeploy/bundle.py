@@ -15,9 +15,11 @@ from mpdeploy.artifact import MANIFEST, Artifact, describe_files, dumps, read_js
 from mpdeploy.errors import CorruptArtifact, RecipeError
 from mpdeploy.gates import judge
 from mpdeploy.recipe import RecipeFile
+from mpdeploy.rule_files import rule_files
 from mpdeploy.runtimes import cpu_name
 from mpdeploy.stages.environment import versions
 from mpdeploy.store import holding
+from mpdeploy.unseen import claims
 
 KIND = "mpdeploy-bundle"
 PACKAGES = (
@@ -53,15 +55,25 @@ def chain(artifacts: Mapping[str, Artifact]) -> dict[str, str]:
     return {name: artifact.digest for name, artifact in artifacts.items()}
 
 
-def is_current(folder: Path, file: RecipeFile, artifacts: Mapping[str, Artifact]) -> bool:
-    """Tell whether a bundle was made from these very artefacts and this very recipe by this version."""
+def is_current(folder: Path, file: RecipeFile, artifacts: Mapping[str, Artifact], candidates: int) -> bool:
+    """Tell whether a bundle was made from these very artefacts and this very recipe by this version.
+
+    What it claims of unseen images weakens with every further engine that is measured on the same validation images.
+    """
     manifest = folder / MANIFEST
     if not manifest.is_file():
         return False
     made = read_json(manifest)
     lock = folder / "recipe.lock.json"
     same = made.get("chain") == chain(artifacts) and made.get("mpdeploy") == __version__
-    return bool(same and lock.is_file() and read_json(lock) == lock_of(file))
+    counted = folder / "disagreement.json"
+    return bool(
+        same
+        and lock.is_file()
+        and read_json(lock) == lock_of(file)
+        and counted.is_file()
+        and read_json(counted)["candidates"] == candidates
+    )
 
 
 def lock_of(file: RecipeFile) -> dict[str, Any]:
@@ -73,6 +85,7 @@ def assemble(
     folder: Path,
     file: RecipeFile,
     artifacts: Mapping[str, Artifact],
+    candidates: int,
     render: Callable[[Path], str],
     progress: Callable[[int, int], None],
 ) -> Path:
@@ -82,6 +95,7 @@ def assemble(
         folder: where the bundle goes; an older bundle there is replaced.
         file: the recipe.
         artifacts: one per stage.
+        candidates: engines measured on the same validation images.
         render: turns the bundle's folder into the HTML report.
         progress: told (done, total).
 
@@ -99,7 +113,7 @@ def assemble(
         for leftover in (draft, old):
             shutil.rmtree(leftover, ignore_errors=True)
         try:
-            _fill(draft, file, artifacts, render, progress)
+            _fill(draft, file, artifacts, candidates, render, progress)
             if folder.exists():
                 folder.rename(old)
             draft.rename(folder)
@@ -118,6 +132,7 @@ def _fill(
     draft: Path,
     file: RecipeFile,
     artifacts: Mapping[str, Artifact],
+    candidates: int,
     render: Callable[[Path], str],
     progress: Callable[[int, int], None],
 ) -> None:
@@ -135,6 +150,11 @@ def _fill(
     write_json(draft / "layers.json", _layers(file, artifacts))
     results, certificate = artifacts["validate"].json("results.json"), artifacts["certify"].json("certificate.json")
     write_json(draft / "verdict.json", judge(file.recipe.gates, file.recipe.validate_.deploy, results, certificate))
+    stated, rule = claims(artifacts, file.recipe.validate_, candidates)
+    write_json(draft / "disagreement.json", stated)
+    if rule is not None:
+        for name, text in rule_files(rule, certificate["classes"], file.recipe.validate_.deploy).items():
+            (draft / name).write_text(text, encoding="utf-8")
     write_json(draft / "provenance.json", _provenance(artifacts))
     (draft / "report.html").write_text(render(draft), encoding="utf-8")
     manifest = {

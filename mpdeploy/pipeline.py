@@ -17,6 +17,7 @@ from mpdeploy.store import Store, is_full_disk, key_of, space_errors_named
 # What only reads results or talks to people can't change a result.
 NOT_PART_OF_THE_KEY = {
     "__main__.py",
+    "abstain.py",
     "api.py",
     "bundle.py",
     "bundle_reader.py",
@@ -26,13 +27,17 @@ NOT_PART_OF_THE_KEY = {
     "gates.py",
     "init.py",
     "page.py",
+    "pairs.py",
     "planning.py",
     "plots.py",
     "report.py",
+    "rule_files.py",
+    "runnable.py",
     "show.py",
     "spectra.py",
     "spectra_page.py",
     "targets.py",
+    "unseen.py",
     "verify.py",
 }
 

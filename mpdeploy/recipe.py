@@ -255,6 +255,23 @@ class Validate(Table):
     blocks: Annotated[int, Field(ge=4)] = Field(20, description="Interleaved ABBA blocks.")
     calls: Count = Field(5, description="Calls per half block.")
     confidence: Annotated[float, Field(gt=0.5, lt=1.0)] = 0.95
+    alpha: Annotated[float, Field(gt=0.0, lt=1.0)] = Field(
+        0.01, description="Share of unseen images on which the engine may answer and yet not give the dense label."
+    )
+    cluster: str = Field(
+        "", description="A regular expression whose first group, found in an id, names the image's cluster; '' is none."
+    )
+
+    @field_validator("cluster")
+    @classmethod
+    def _has_a_group(cls, value: str) -> str:
+        try:
+            groups = re.compile(value).groups
+        except re.error as error:
+            raise ValueError(f"is no regular expression: {error}") from error
+        if value and not groups:
+            raise ValueError("needs a group in round brackets: what it finds is the cluster")
+        return value
 
 
 class Gates(Table):

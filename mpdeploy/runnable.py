@@ -21,7 +21,7 @@ from mpdeploy.preprocessing import Preprocessing
 from mpdeploy.recipe import Data, Source, load_recipe
 from mpdeploy.runtimes import Session, open_engine
 from mpdeploy.stages.environment import needs
-from mpdeploy.stages.images import exact_logits
+from mpdeploy.stages.images import exact_logits, exact_logits_of_graph
 
 if TYPE_CHECKING:
     from torch import nn
@@ -109,29 +109,18 @@ def _onnx(path: Path, name: str, which: str) -> Runnable:
     if which or not path.is_file():
         raise RecipeError(f"{path} is not an ONNX file that is there." if not which else f"{name} has its own weights.")
     session = OnnxSession(path)
-    fixed = _fixed_batch(path)
     return Runnable(
         name=name,
         what="ONNX Runtime on the CPU",
         digest=sha256_of(path),
         session=session,
-        batch=fixed or BATCH,
-        exactly=bool(fixed),
+        batch=session.fixed_batch or BATCH,
+        exactly=session.fixed_batch > 0,
         size=session.input_size,
         preprocessing=None,
         exact=partial(_exact_of_graph, path),
         program=partial(_graph, path),
     )
-
-
-def _fixed_batch(path: Path) -> int:
-    """Return the batch that a file insists on, 0 where it takes any."""
-    import onnx
-
-    graph = onnx.load(path, load_external_data=False).graph
-    weights = {tensor.name for tensor in graph.initializer}
-    images = next(value for value in graph.input if value.name not in weights)
-    return int(images.type.tensor_type.shape.dim[0].dim_value)
 
 
 def _graph(path: Path) -> "Program":
@@ -141,15 +130,7 @@ def _graph(path: Path) -> "Program":
 
 
 def _exact_of_graph(path: Path, images: Floats) -> NDArray[np.float64]:
-    import torch
-
-    from mpdeploy.certify.program import run
-
-    program = _graph(path)
-    with torch.inference_mode():
-        values = run(program, torch.from_numpy(images), dtype=torch.float64)
-    logits: NDArray[np.float64] = values[program.output].numpy()
-    return logits
+    return exact_logits_of_graph(_graph(path), images)
 
 
 def _recipe(path: Path, text: str, which: str, args: Mapping[str, Any]) -> Runnable:

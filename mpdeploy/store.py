@@ -170,6 +170,14 @@ class Store:
         write_whole(self.root / "keys" / f"{key}.json", dumps({"digest": artifact.digest, "asked": asked}))
         shutil.rmtree(self.root / "resume" / key, ignore_errors=True)
 
+    def remembered(self, stage: str) -> Iterator[Artifact]:
+        """Yield every artefact of a stage that is still here, without re-hashing any."""
+        for entry in sorted((self.root / "keys").glob("*.json")):
+            record = read_json(entry)
+            folder = self.root / "objects" / str(record["digest"])
+            if record["asked"].get("stage") == stage and folder.is_dir():
+                yield open_artifact(folder)
+
     def discard(self, artifact: Artifact) -> None:
         """Remove an artefact whose stage broke its promise."""
         grave = self.root / "tmp" / uuid.uuid4().hex

@@ -48,6 +48,7 @@ class OnnxSession(Session):
 
     Attributes:
         input_size: channels, height, width; a name or None where the file leaves one open.
+        fixed_batch: the batch that the file insists on, 0 where it takes any.
 
     Raises:
         Unavailable: ONNX Runtime or the provider is missing.
@@ -58,7 +59,9 @@ class OnnxSession(Session):
         library = _library()
         self._session: Any = _session(library, path, _provider(library, target), threads)
         self._input = self._session.get_inputs()[0].name
-        self.input_size: tuple[int | str | None, ...] = tuple(self._session.get_inputs()[0].shape[1:])
+        batch, *size = self._session.get_inputs()[0].shape
+        self.input_size: tuple[int | str | None, ...] = tuple(size)
+        self.fixed_batch = batch if isinstance(batch, int) else 0
         self._output = self._session.get_outputs()[0].name
 
     def run(self, images: NDArray[np.float32]) -> NDArray[np.float32]:

@@ -18,6 +18,8 @@ from mpdeploy.recipe import Data
 if TYPE_CHECKING:
     import torch
 
+    from mpdeploy.certify.program import Program
+
 Indices = NDArray[np.int64]
 
 
@@ -78,6 +80,18 @@ def exact_logits(module: "torch.nn.Module", images: NDArray[np.float32]) -> NDAr
 
     with torch.inference_mode():
         logits = copy.deepcopy(module).cpu().double().eval()(torch.from_numpy(images).double())
+    result: NDArray[np.float64] = logits.numpy()
+    return result
+
+
+def exact_logits_of_graph(program: "Program", images: NDArray[np.float32]) -> NDArray[np.float64]:
+    """Run an exported graph in float64; returns [n, K]."""
+    import torch
+
+    from mpdeploy.certify.program import run
+
+    with torch.inference_mode():
+        logits = run(program, torch.from_numpy(images), dtype=torch.float64)[program.output]
     result: NDArray[np.float64] = logits.numpy()
     return result
 

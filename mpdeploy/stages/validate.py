@@ -50,8 +50,8 @@ class Params(Table):
 
 
 def asks(params: Params) -> Mapping[str, Any]:
-    """The images are pinned by the source artefact. Which engine is released is the gates' business, not ours."""
-    own = params.validate_.model_dump(mode="json", exclude={"deploy"})
+    """The images are pinned by the source artefact. What is released and what is claimed of it is judged later."""
+    own = params.validate_.model_dump(mode="json", exclude={"deploy", "alpha", "cluster"})
     return {**own, "seed": params.data.seed, "keep": params.keep}
 
 
