@@ -239,13 +239,15 @@ def findings_table(findings: Sequence[Any], verdict: Any) -> None:
 
 
 def spectra_table(spectra: "Spectra") -> None:
-    """Print the fitted law of each layer, the rules behind the last column, and where the page is."""
-    from mpdeploy.spectra import RULES
+    """Print the fitted law of each layer, the rules behind the last columns, and where the page is."""
+    from mpdeploy.pruning.spectrum import DOUBTS, TRACE_BETA
+    from mpdeploy.spectra import DOUBT, RULES, SIGNAL
 
-    numbers = ("gamma", "sigma", "edge", "largest", "spikes", "bulk", "KS")
+    sigma, edge, rank = ([f"{what}\n{by}" for by in ("BEMA", "trace", "EVBMF")] for what in ("sigma", "edge", "rank"))
+    numbers = ("gamma", *sigma, *edge, "largest", *rank, "bulk", "KS")
     made = table(
         f"Spectra of {spectra.model}, weights: {spectra.weights}",
-        ("layer", "shape", *numbers, "looks"),
+        ("layer", "shape", *numbers, "doubt", "looks"),
         right=numbers,
     )
     for layer in spectra.layers:
@@ -253,30 +255,38 @@ def spectra_table(spectra: "Spectra") -> None:
     out = console()
     out.print(made, "")
     out.print(
-        f"Edge and largest are singular values; noise alone exceeds the edge with probability {spectra.beta:g}. "
-        f"KS is over the central {100 - 200 * spectra.alpha:g} % of the eigenvalues. Looks, first match:"
+        f"Edges and largest are singular values. BEMA's edge is what noise alone exceeds with probability "
+        f"{spectra.beta:g}, the trace's with {TRACE_BETA:g} (Tracy-Widom); rank is how many are above the edge. Bulk "
+        f"and KS are BEMA's; KS is over the central {100 - 200 * spectra.alpha:g} % of the eigenvalues.\n{SIGNAL}"
     )
-    rules = Table(box=None, show_header=False, pad_edge=False)
-    for word, rule in RULES:
-        rules.add_row(f"  {word}", rule)
-    out.print(rules)
+    for title, words in (("Looks, by BEMA, first match:", RULES), ("Doubt, each that holds:", DOUBTS)):
+        rules = Table(box=None, show_header=False, pad_edge=False)
+        for word, rule in words:
+            rules.add_row(f"  {word}", rule)
+        out.print(title, rules)
+    out.print(DOUBT)
     if spectra.page:
         out.print(f"page  {spectra.page}", soft_wrap=True)
 
 
 def _fit_cells(layer: "LayerSpectrum") -> list[str]:
     """Return the cells of one layer after its shape."""
-    own = layer.fit
-    if own is None:
-        return [*[""] * 7, f"{layer.character}: {layer.reason}"]
+    own, others = layer.fit, layer.opinions
+    if own is None or others is None:
+        return [*[""] * 14, f"{layer.character}: {layer.reason}"]
+    two = (others.trace, others.evbmf)
     return [
         f"{own.aspect:.3f}",
         f"{own.sigma:#.4g}",
+        *(f"{other.sigma:#.4g}" if other else "none" for other in two),
         f"{own.edge_singular:#.4g}",
+        *(f"{other.edge_singular:#.4g}" if other else "none" for other in two),
         f"{own.largest_singular:#.4g}",
         str(own.spikes),
+        *(str(other.rank) if other else "none" for other in two),
         f"{100 * own.bulk_fraction:.1f} %",
         f"{own.ks:.3f}",
+        ", ".join(others.doubts),
         layer.character,
     ]
 

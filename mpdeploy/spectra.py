@@ -4,7 +4,7 @@ import re
 import tomllib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,7 +13,17 @@ from mpdeploy.artifact import MANIFEST, check_files, read_json
 from mpdeploy.bundle import check_is_bundle
 from mpdeploy.errors import MpdeployError, RecipeError, StageFailed
 from mpdeploy.init import kind_and_name
-from mpdeploy.pruning.spectrum import Spectrum, check_levels, fit
+from mpdeploy.pruning.spectrum import (
+    DOUBTS,
+    KS_FEWEST,
+    KS_OFF,
+    Estimate,
+    Opinions,
+    Spectrum,
+    check_levels,
+    fit,
+    opinions,
+)
 from mpdeploy.recipe import Source, load_recipe
 from mpdeploy.stages.environment import needs
 
@@ -24,13 +34,24 @@ STATE_DICTS = (".safetensors", ".pth", ".pt", ".bin")
 BUNDLED = ("dense", "pruned", "tuned")
 
 # The rules behind the plain words, first match first; they are printed beside every table.
-FEWEST, HEAVY, OFF, ABOVE = 32, 0.05, 0.1, 1.05
+FEWEST, HEAVY, OFF, ABOVE = KS_FEWEST, 0.05, KS_OFF, 1.05
 RULES = (
     ("too few to judge", f"fewer than {FEWEST} eigenvalues"),
     ("heavy tail", f"more than {100 * HEAVY:g} % of the eigenvalues are above the edge"),
     ("off the law", f"KS above {OFF:g}: the central eigenvalues don't follow the law"),
     ("bulk + spikes", f"the law fits, and an eigenvalue is above {ABOVE:g} times the edge"),
     ("bulk-like", "the law fits, and nothing stands out: as far as the spectrum tells, noise"),
+)
+
+# What a doubt means, and what the numbers are not; both are printed beside every table.
+DOUBT = (
+    "A doubt says that the matrix is not noise of one scale plus a few spikes: its rows, columns or blocks differ in "
+    "scale, its entries are correlated, or its spikes are so many that the estimators share them out differently. "
+    "Sigma, edges and ranks then depend on the estimator, by as much as the columns differ."
+)
+SIGNAL = (
+    "On trained weights the edge and every budget made of it are a signal, a diagnostic, and never a probability: the "
+    "entries were fitted together, and the level of an edge holds for independent noise only."
 )
 
 # What the library calls the recipe's keys is called otherwise where there is no recipe.
@@ -72,12 +93,14 @@ class LayerSpectrum:
         shape: of its weight.
         fit: the fitted law, None where there is none.
         reason: why there is none.
+        opinions: of two other estimators; None where there is no fit.
     """
 
     name: str
     shape: tuple[int, ...]
     fit: Spectrum | None
     reason: str
+    opinions: Opinions | None = None
 
     @property
     def character(self) -> str:
@@ -114,6 +137,8 @@ class Spectra:
             "alpha": self.alpha,
             "beta": self.beta,
             "rules": dict(RULES),
+            "doubts": dict(DOUBTS),
+            "signal": SIGNAL,
             "layers": rows,
             "page": str(self.page) if self.page else None,
         }
@@ -165,7 +190,7 @@ def _examined(weight: Weight, alpha: float, beta: float) -> LayerSpectrum:
         fitted = fit(weight.values.flatten(1).double().numpy(), alpha=alpha, beta=beta)
     except StageFailed as error:
         return LayerSpectrum(weight.name, shape, None, error.what)
-    return LayerSpectrum(weight.name, shape, fitted, "")
+    return LayerSpectrum(weight.name, shape, fitted, "", opinions(fitted))
 
 
 def _check_finite(weights: Sequence[Weight]) -> None:
@@ -180,7 +205,8 @@ def _check_finite(weights: Sequence[Weight]) -> None:
 
 def _row(layer: LayerSpectrum) -> dict[str, Any]:
     row: dict[str, Any] = {"layer": layer.name, "shape": list(layer.shape), "character": layer.character}
-    if (own := layer.fit) is None:
+    own, others = layer.fit, layer.opinions
+    if own is None or others is None:
         return {**row, "reason": layer.reason}
     return {
         **row,
@@ -195,7 +221,14 @@ def _row(layer: LayerSpectrum) -> dict[str, Any]:
         "signals": own.signals.tolist(),
         "bulk_fraction": own.bulk_fraction,
         "ks": own.ks,
+        "trace": _numbers(others.trace),
+        "evbmf": _numbers(others.evbmf),
+        "doubts": list(others.doubts),
     }
+
+
+def _numbers(estimate: Estimate | None) -> dict[str, Any] | None:
+    return asdict(estimate) if estimate else None
 
 
 def read(

@@ -9,7 +9,8 @@ import numpy as np
 from mpdeploy import plots
 from mpdeploy.formats import count, number, percent, times
 from mpdeploy.page import environment
-from mpdeploy.spectra import RULES, LayerSpectrum, Spectra
+from mpdeploy.pruning.spectrum import DOUBTS, TRACE_BETA
+from mpdeploy.spectra import DOUBT, RULES, SIGNAL, LayerSpectrum, Spectra
 
 
 def render(spectra: Spectra, progress: Callable[[int, int], None]) -> str:
@@ -35,6 +36,10 @@ def render(spectra: Spectra, progress: Callable[[int, int], None]) -> str:
         "drawn": drawn,
         "summary": _summary(fitted),
         "rules": RULES,
+        "doubts": DOUBTS,
+        "doubt": DOUBT,
+        "signal": SIGNAL,
+        "trace_beta": TRACE_BETA,
         "window": 1 - 2 * spectra.alpha,
     }
     return environment().get_template("spectra.html.jinja").render(view)
@@ -45,9 +50,11 @@ def _fit(layer: LayerSpectrum) -> Any:
 
 
 def _headline(fitted: list[LayerSpectrum]) -> str:
-    """Say how many layers look like what, the most frequent first."""
+    """Say how many layers look like what, the most frequent first, and how many are in doubt."""
     looks = Counter(layer.character for layer in fitted)
-    return ", ".join(f"{n} {word}" for word, n in looks.most_common()) or "no layer could be fitted"
+    doubted = sum(bool(layer.opinions and layer.opinions.doubts) for layer in fitted)
+    words = ", ".join(f"{n} {word}" for word, n in looks.most_common()) or "no layer could be fitted"
+    return f"{words}; {doubted} in doubt" if doubted else words
 
 
 def _key_figures(layers: tuple[LayerSpectrum, ...]) -> list[dict[str, str]]:

@@ -18,7 +18,7 @@ from torch import nn
 import mpdeploy
 from mpdeploy import cli, spectra
 from mpdeploy.errors import CorruptArtifact, RecipeError, Unavailable
-from mpdeploy.pruning.spectrum import Spectrum, fit
+from mpdeploy.pruning.spectrum import DOUBTS, Spectrum, fit, opinions
 
 VIT = ROOT / "recipes" / "quickstart" / "vit.safetensors"
 TINY = ["--weights", "random"]
@@ -286,12 +286,48 @@ def test_the_word_is_right_about_planted_matrices():
     assert spectra.character(fit(generator.normal(size=(256, 256)) * gaps)) in ("heavy tail", "off the law")
 
 
+def test_three_estimates_and_the_doubt_are_shown_for_each_layer(call, tmp_path):
+    generator = np.random.default_rng(0)
+    half = generator.normal(size=(100, 40)) @ generator.normal(size=(40, 100))
+    scales = np.repeat([1.0, 2.0, 4.0, 8.0], 25)[:, None]
+    matrices = {
+        "noise": generator.normal(size=(100, 100)).astype(np.float32),
+        "steps": (generator.normal(size=(100, 100)) * scales).astype(np.float32),
+    }
+    save_file({**matrices, "half": half}, tmp_path / "n.safetensors")
+    read = json.loads(call("n.safetensors", "--json")[1])
+    assert read["doubts"] == dict(DOUBTS) and "never a probability" in read["signal"]
+    rows = {row["layer"]: row for row in read["layers"]}
+    assert rows["noise"]["doubts"] == [] and rows["noise"]["trace"]["rank"] == rows["noise"]["evbmf"]["rank"] == 0
+    for name, matrix in matrices.items():
+        expected = opinions(fit(matrix))
+        assert rows[name]["trace"] == dataclasses.asdict(expected.trace)
+        assert rows[name]["evbmf"] == dataclasses.asdict(expected.evbmf)
+        assert rows[name]["doubts"] == list(expected.doubts)
+    assert rows["steps"]["doubts"] == ["sigmas", "KS"]
+    assert rows["half"]["trace"] is None and rows["half"]["evbmf"] is None and "zeros" in rows["half"]["doubts"]
+    out = call("n.safetensors")[1]
+    page = Page((tmp_path / "n.safetensors.spectrum.html").read_text()).text
+    by_name = {line.split()[0]: line for line in out.splitlines() if line.split()[:1]}
+    for own in ("trace", "evbmf"):
+        assert f"{rows['steps'][own]['sigma']:#.4g}" in by_name["steps"]
+        assert f"{rows['steps'][own]['edge_singular']:#.4g}" in by_name["steps"]
+        assert str(rows["steps"][own]["rank"]) in by_name["steps"].split()
+    assert "sigmas, KS" in by_name["steps"] and by_name["half"].count("none") == 6
+    for words in (spectra.DOUBT, spectra.SIGNAL):
+        assert words in " ".join(out.replace("\n", " ").split()) and words in page
+    assert "sigmas, KS" in page and "in doubt" in page
+    for word, rule in DOUBTS:
+        assert word in out and rule in out and rule in page
+
+
 def test_levels_reach_the_fit(call):
     loose = json.loads(call(VIT, "--layers", "blocks.0.mlp.fc1", "--beta", "0.5", "--alpha", "0.1", "--json")[1])
     weight = load_file(VIT)["blocks.0.mlp.fc1.weight"]
     expected = fit(weight, alpha=0.1, beta=0.5)
     (row,) = loose["layers"]
     assert (row["sigma"], row["edge"], row["ks"]) == (expected.sigma, expected.edge, expected.ks)
+    assert row["trace"]["sigma"] == pytest.approx(opinions(expected).trace.sigma)  # which has no level to choose
     assert (loose["alpha"], loose["beta"]) == (0.1, 0.5)
 
 

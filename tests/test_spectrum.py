@@ -186,3 +186,155 @@ def test_a_careless_level_never_gives_nan(beta):
 def test_a_window_without_an_eigenvalue_is_refused():
     with pytest.raises(StageFailed, match="none of the 3 eigenvalues is left"):
         mp.fit(np.eye(3), alpha=0.49)
+
+
+# Two further estimators
+
+KINDS = ("normal", "half zero", "t5")
+BOTH = [(256, 1024), (512, 512)]
+
+
+def unit_noise(kind, generator, shape):
+    if kind == "normal":
+        return generator.normal(size=shape)
+    if kind == "half zero":
+        return generator.normal(size=shape) * (generator.random(shape) < 0.5) * np.sqrt(2)
+    return generator.standard_t(5, shape) / np.sqrt(5 / 3)
+
+
+def spiked(kind, seed, shape, rank):
+    """Noise of sigma 1 plus `rank` spikes, evenly from 1.3 times the limit of detection to 6 times it."""
+    generator = np.random.default_rng(seed)
+    p, n = sorted(shape)
+    noise = unit_noise(kind, generator, shape)
+    left, _ = np.linalg.qr(generator.normal(size=(shape[0], rank)))
+    right, _ = np.linalg.qr(generator.normal(size=(shape[1], rank)))
+    return noise + (left * (np.sqrt(n) * (p / n) ** 0.25 * np.linspace(1.3, 6, rank))) @ right.T
+
+
+@pytest.mark.parametrize("rank", [10, 60])
+def test_sigma_and_rank_of_spiked_matrices_against_the_published_figures(rank):
+    errors, ranks, doubts = [], [], []
+    for kind in KINDS:
+        for shape in BOTH:
+            for seed in range(3):
+                fitted = mp.fit(spiked(kind, seed, shape, rank))
+                others = mp.opinions(fitted)
+                errors.append([abs(s - 1) for s in (fitted.sigma, others.trace.sigma, others.evbmf.sigma)])
+                ranks.append([fitted.spikes, others.trace.rank, others.evbmf.rank])
+                doubts.append(others.doubts)
+    bema, trace, evbmf = np.mean(errors, axis=0)
+    by_bema, by_trace, by_evbmf = np.abs(np.array(ranks) - rank).mean(axis=0)
+    assert trace < 0.005 and by_trace <= 0.05 * rank
+    if rank == 10:
+        assert 0.005 < bema < 0.015 and evbmf < 0.005
+        assert set(doubts) == {()}
+    else:
+        # BEMA takes spikes for noise; EVBMF too, though fewer; the doubt says so.
+        assert 0.06 < bema < 0.13 and 0.02 < evbmf < 0.035
+        assert trace < evbmf / 4 < bema / 8
+        assert by_trace < by_bema and by_trace < by_evbmf
+        assert all("sigmas" in raised for raised in doubts)
+
+
+@pytest.mark.parametrize("shape", [(384, 384), (256, 1024), (200, 64), (10, 128)])
+def test_on_pure_noise_both_give_the_root_mean_square(shape):
+    weight = np.random.default_rng(9).normal(0, 0.02, shape)
+    others = mp.opinions(mp.fit(weight))
+    rms = np.sqrt((weight**2).mean())
+    assert others.trace.rank == others.evbmf.rank == 0 and others.doubts == ()
+    assert others.trace.sigma == pytest.approx(rms, rel=1e-9)
+    assert others.evbmf.sigma == pytest.approx(rms, rel=1e-6)
+    for one in (others.trace, others.evbmf):
+        assert one.edge_singular == pytest.approx(np.sqrt(max(shape) * one.edge), rel=1e-12)
+    p, n = sorted(shape)
+    assert others.trace.edge_singular / rms == pytest.approx(np.sqrt(p) + np.sqrt(n), rel=0.06)
+
+
+def test_noise_of_many_scales_raises_the_doubt():
+    raised = []
+    for seed in range(4):
+        generator = np.random.default_rng(seed)
+        scales = np.exp(0.3 * generator.normal(size=(256, 1)))
+        raised.append(mp.opinions(mp.fit(generator.normal(size=(256, 1024)) * scales)).doubts)
+    assert all("sigmas" in doubts for doubts in raised)
+    steps = np.repeat([1.0, 2.0, 4.0, 8.0], 64)[:, None]
+    assert "KS" in mp.opinions(mp.fit(np.random.default_rng(0).normal(size=(256, 256)) * steps)).doubts
+
+
+@pytest.mark.parametrize("shape", [(60, 150), (150, 60), (90, 90)])
+@pytest.mark.parametrize("seed", range(3))
+def test_the_iterated_trace_is_a_fixed_point_of_its_definition(shape, seed):
+    weight = spiked("normal", seed, shape, 5) * 0.1
+    own = mp.opinions(mp.fit(weight)).trace
+    p, n = sorted(shape)
+    squares = np.linalg.svd(weight, compute_uv=False) ** 2
+    rest = squares[squares <= own.edge_singular**2]
+    assert own.rank == p - len(rest)
+    assert own.sigma**2 == pytest.approx(rest.mean() / n * n / (n - own.rank), rel=1e-9)
+    assert own.edge == pytest.approx(own.sigma**2 * mp.upper_edge(*shape, 0.01), rel=1e-12)
+
+
+@pytest.mark.parametrize("alpha", [0.01, 0.25, 0.7, 1.0])
+def test_evbmf_keeps_a_component_where_brute_force_over_the_posterior_gains_by_it(alpha):
+    # With both prior variances free, the free energy of a component, over its value without it, is the smallest of
+    # log(1 + 1/s) + alpha log(1 + 1/t) - x / ((1 + s)(1 + t)): s and t are posterior variances over squared means.
+    s, t = (np.exp(axis) for axis in np.meshgrid(np.linspace(-9, 14, 1400), np.linspace(-9, 14, 1400)))
+    gain = np.log1p(1 / s) + alpha * np.log1p(1 / t)
+    threshold = mp.evbmf_threshold(alpha)
+    assert threshold > (1 + np.sqrt(alpha)) ** 2  # more cautious than the law's own edge
+    for x in threshold * np.array([0.97, 1.03, 1.5, 4.0]):
+        smallest = (gain - x / ((1 + s) * (1 + t))).min()
+        own = mp.free_energy(1.0, np.array([x]), alpha) - x
+        assert own == pytest.approx(min(smallest, 0.0), abs=2e-3 * x)
+        assert (own < 0) == (x > threshold)
+
+
+@pytest.mark.parametrize("alpha", [0.05, 0.5, 1.0])
+def test_the_free_energy_has_no_jump_at_the_threshold(alpha):
+    edge = mp.evbmf_threshold(alpha)
+    below, above = (mp.free_energy(1.0, np.array([edge * (1 + d)]), alpha) for d in (-1e-9, 1e-9))
+    assert below == pytest.approx(above, abs=1e-6)
+    assert edge == pytest.approx((1 + 2.5129 * np.sqrt(alpha)) * (1 + np.sqrt(alpha) / 2.5129), rel=0.02)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_evbmf_finds_the_lowest_free_energy_of_all_variances(seed):
+    generator = np.random.default_rng(seed)
+    weights = (
+        generator.standard_t(2.5, (60, 90)),
+        generator.normal(size=(80, 80)) * np.exp(generator.normal(size=(80, 1))),
+        spiked("normal", seed, (40, 200), 12),
+    )
+    for weight in weights:
+        fitted = mp.fit(weight)
+        own = mp.opinions(fitted).evbmf
+        lowest = mp.free_energy(own.sigma**2, fitted.eigenvalues, fitted.aspect)
+        everywhere = fitted.eigenvalues.mean() * np.geomspace(1e-3, 3, 4000)
+        assert lowest <= min(mp.free_energy(v, fitted.eigenvalues, fitted.aspect) for v in everywhere) + 1e-6
+        # Where the derivative vanishes, sigma^2 = (sum of eigenvalues - sigma^2 sum of kept tau) / p.
+        x = fitted.eigenvalues[fitted.eigenvalues > own.edge] / own.sigma**2 - 1 - fitted.aspect
+        tau = (x + np.sqrt(x**2 - 4 * fitted.aspect)) / 2
+        expected = (fitted.eigenvalues.sum() - own.sigma**2 * tau.sum()) / len(fitted.eigenvalues)
+        assert own.sigma**2 == pytest.approx(expected, rel=1e-4)
+
+
+def test_scale_and_orientation_change_nothing_else():
+    weight = spiked("normal", 1, (60, 150), 5)
+    one = mp.opinions(mp.fit(weight))
+    for other in (mp.opinions(mp.fit(1e-5 * weight)), mp.opinions(mp.fit(1e-5 * weight.T))):
+        for a, b in ((one.trace, other.trace), (one.evbmf, other.evbmf)):
+            assert b.sigma == pytest.approx(1e-5 * a.sigma, rel=1e-6) and b.rank == a.rank
+        assert other.doubts == one.doubts
+
+
+def test_equal_eigenvalues_and_zeros_have_an_answer():
+    orthogonal, _ = np.linalg.qr(np.random.default_rng(0).normal(size=(50, 50)))
+    flat = mp.opinions(mp.fit(orthogonal))
+    assert flat.trace.rank == flat.evbmf.rank == 0
+    assert flat.evbmf.sigma == pytest.approx(np.sqrt(1 / 50), rel=1e-6)
+    few = np.random.default_rng(0).normal(size=(100, 60)) @ np.random.default_rng(1).normal(size=(60, 100))
+    assert mp.opinions(mp.fit(few)).trace.sigma > 0
+    half = np.random.default_rng(0).normal(size=(100, 40)) @ np.random.default_rng(1).normal(size=(40, 100))
+    none = mp.opinions(mp.fit(half))
+    assert none.trace is None and none.evbmf is None and "zeros" in none.doubts
