@@ -160,12 +160,14 @@ def evaluate(op: Op, inputs: Inputs) -> tuple[Tensor, ...]:
 
 
 def evaluate_unrounded(op: Op, inputs: Inputs) -> tuple[Tensor, ...]:
-    """As `evaluate`, but QuantizeLinear neither rounds nor saturates: the graph in real arithmetic.
+    """As `evaluate`, but QuantizeLinear saturates without rounding: the graph in real arithmetic.
 
-    A pair of QuantizeLinear and DequantizeLinear is then the identity; weights that are stored as int8 stay rounded.
+    A pair of QuantizeLinear and DequantizeLinear then only clips. What is clipped is no rounding error: it is as much a
+    part of the stored graph as its rounded weights.
     """
     if op.kind == "QuantizeLinear":
-        return (quantization_grid(op, inputs)[0],)
+        exact, _, _, (low, high) = quantization_grid(op, inputs)
+        return (exact.clamp(low, high),)
     return evaluate(op, inputs)
 
 
