@@ -117,6 +117,35 @@ def test_the_best_of_twenty_engines_needs_the_correction():
     assert broken[m] / repeats <= 0.1 + 3 * math.sqrt(0.1 * 0.9 / repeats)
 
 
+def test_a_cluster_fails_where_any_member_disagrees_above_tau():
+    # Forty clusters of five. One holds two errors, at 0.5 and 1.5; another one at 3 whose margin is no number.
+    margins, wrong = np.full(200, 5.0), np.zeros(200, bool)
+    margins[[0, 1, 5]], wrong[[0, 1, 5]] = (0.5, 1.5, np.nan), True
+    ids = np.repeat([f"c{i}" for i in range(40)], 5).tolist()
+    rule = deployment_rule(margins, wrong, 0.2, 0.9, (2.0, 1.0, 0.0), clusters=ids)
+    assert [(row.tau, row.errors, row.n) for row in rule.tested] == [(2.0, 0, 40), (1.0, 1, 40), (0.0, 1, 40)]
+    assert rule.tau == 0.0 and rule.abstains == pytest.approx(1 / 200)
+    assert "P(a new cluster holds a sample" in rule.statement and "40 clusters" in rule.statement
+    order = np.random.default_rng(0).permutation(200)
+    again = deployment_rule(margins[order], wrong[order], 0.2, 0.9, (2.0, 1.0, 0.0), clusters=[ids[i] for i in order])
+    assert again == rule
+    with pytest.raises(StageFailed, match="199 ids"):
+        deployment_rule(margins, wrong, 0.2, 0.9, (1.0,), clusters=ids[1:])
+
+
+def test_frames_of_a_video_break_the_rule_for_independent_samples_and_not_the_clustered_one():
+    generator, repeats, alpha, broken = np.random.default_rng(7), 300, 0.1, {"naive": 0, "clustered": 0}
+    ids, grid = np.repeat(np.arange(150), 10).tolist(), np.linspace(0.0, 3.0, 31)
+    for _ in range(repeats):
+        # All frames of a video have its margin and its answer: what happens to one happens to all.
+        margins, wrong = (np.repeat(values, 10) for values in drawn(generator, 150, scale=3.0))
+        for name, clusters in (("naive", None), ("clustered", ids)):
+            rule = deployment_rule(margins, wrong, alpha, 0.9, grid.tolist(), clusters=clusters)
+            broken[name] += rule.tau is not None and risk(rule.tau, scale=3.0) > alpha
+    assert broken["naive"] / repeats > 0.25
+    assert broken["clustered"] / repeats <= 0.1 + 3 * math.sqrt(0.1 * 0.9 / repeats)
+
+
 def test_the_grid_falls_to_zero_and_scales():
     assert list(GRID) == sorted(GRID, reverse=True) and GRID[-1] == 0.0 and len(set(GRID)) == len(GRID)
     assert np.allclose(margin_grid(3.0), 3 * np.array(GRID))

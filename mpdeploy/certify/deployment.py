@@ -5,7 +5,7 @@ run beside the engine. Samples are independent draws, used neither for calibrati
 the candidates counted.
 """
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -25,8 +25,8 @@ class Tested:
 
     Attributes:
         tau: the margin to exceed.
-        errors: samples that disagree though their margin exceeds tau.
-        n: all samples, those that abstain included.
+        errors: samples that disagree though their margin exceeds tau; or clusters that hold such a sample.
+        n: all samples, those that abstain included; or all clusters.
         p: P(Bin(n, alpha) <= errors), the p-value of H_tau.
         rejected: whether p is at most the level, and every larger tau was rejected too.
     """
@@ -99,6 +99,7 @@ def deployment_rule(
     confidence: float,
     grid: Sequence[float],
     candidates: int = 1,
+    clusters: Sequence[Hashable] | None = None,
 ) -> Rule:
     """Find the smallest margin above which disagreement is proved rare, by fixed-sequence testing (Learn then Test).
 
@@ -111,6 +112,9 @@ def deployment_rule(
     What is proved is the joint statement P(disagree and margin > tau) <= alpha over all inputs. It is not the share of
     disagreements among the inputs that are kept, which is this divided by P(margin > tau).
 
+    Of correlated samples the trials are clusters, and one fails where any of its members does, as in
+    `statistics.clustered`: what is proved is P(a new cluster holds such a sample) <= alpha.
+
     Args:
         margins: [n], the engine's own, as `engine_margins` gives them; one that is not finite abstains at every tau.
         disagree: bool [n], whether the engine's label differs from the dense one.
@@ -118,24 +122,37 @@ def deployment_rule(
         confidence: in (0, 1).
         grid: margins to test, each finite and at least 0, chosen without these samples; see `margin_grid`.
         candidates: engines or settings compared on these same samples, those thrown away included.
+        clusters: n ids, which group each sample is of; None where samples are independent draws.
 
     Raises:
         StageFailed: arrays that don't fit, a level out of range, or a grid that is empty or holds no margin.
     """
     values, wrong = np.asarray(margins, np.float64), np.asarray(disagree)
-    _check(values, wrong, alpha, grid)
-    level, n = error_level(confidence, candidates), len(values)
+    _check(values, wrong, alpha, grid, len(values) if clusters is None else len(clusters))
+    level = error_level(confidence, candidates)
     values = np.where(np.isfinite(values), values, -np.inf)
+    lost = np.where(wrong, values, -np.inf)
+    worst = lost if clusters is None else _worst(lost, clusters)
     tested: list[Tested] = []
     for tau in sorted(set(map(float, grid)), reverse=True):
-        tested.append(_test(tau, int((wrong & (values > tau)).sum()), n, alpha, level))
+        tested.append(_test(tau, int((worst > tau).sum()), len(worst), alpha, level))
         if not tested[-1].rejected:
             break
     proved = [row.tau for row in tested if row.rejected]
     chosen = min(proved) if proved else None
     kept = int((values > chosen).sum()) if chosen is not None else 0
-    statement = _statement(chosen, alpha, confidence, candidates, tested[-1])
-    return Rule(chosen, alpha, confidence, candidates, tuple(tested), 1 - kept / n if n else None, statement)
+    unit = "sample" if clusters is None else "cluster"
+    statement = _statement(chosen, alpha, confidence, candidates, tested[-1], unit)
+    abstains = 1 - kept / len(values) if len(values) else None
+    return Rule(chosen, alpha, confidence, candidates, tuple(tested), abstains, statement)
+
+
+def _worst(lost: Floats, clusters: Sequence[Hashable]) -> Floats:
+    """Return the largest margin with which a member of each cluster disagrees, -inf where none does."""
+    worst = dict.fromkeys(clusters, -np.inf)
+    for cluster, margin in zip(clusters, lost.tolist(), strict=True):
+        worst[cluster] = max(worst[cluster], margin)
+    return np.array(list(worst.values()), np.float64)
 
 
 def _test(tau: float, errors: int, n: int, alpha: float, level: float) -> Tested:
@@ -146,27 +163,32 @@ def _test(tau: float, errors: int, n: int, alpha: float, level: float) -> Tested
     return Tested(tau, errors, n, p, p <= level)
 
 
-def _statement(tau: float | None, alpha: float, confidence: float, candidates: int, last: Tested) -> str:
+def _statement(tau: float | None, alpha: float, confidence: float, candidates: int, last: Tested, unit: str) -> str:
     if tau is None:
         return (
             f"Nothing is claimed: P(engine label != dense label and engine margin > {last.tau:g}) <= {alpha:g} could "
-            f"not be proved with {last.n} samples at confidence {confidence:g}. The rule always abstains."
+            f"not be proved with {last.n} {unit}s at confidence {confidence:g}. The rule always abstains."
         )
     corrected = f", Bonferroni for {candidates} candidates" if candidates > 1 else ""
+    event = f"engine label != dense label and engine margin > {tau!r}"
+    claim = {
+        "sample": f"P({event}) <= {alpha:g} for one new sample",
+        "cluster": f"P(a new cluster holds a sample with {event}) <= {alpha:g}, so also P({event}) <= {alpha:g} for a "
+        "sample drawn uniformly from a new cluster",
+    }[unit]
     return (
-        f"P(engine label != dense label and engine margin > {tau!r}) <= {alpha:g} for one new sample, with confidence "
-        f"{confidence:g} over the draw of the {last.n} samples (fixed-sequence testing of exact binomial "
-        f"tails{corrected}). It is the joint probability over all inputs, not the share among those that are kept. It "
-        "holds for samples drawn independently from the distribution that new ones come from, and for this engine "
-        "file on this device only."
+        f"{claim}, with confidence {confidence:g} over the draw of the {last.n} {unit}s (fixed-sequence testing of "
+        f"exact binomial tails{corrected}). It is the joint probability over all inputs, not the share among those "
+        f"that are kept. It holds for {unit}s drawn independently from the distribution that new ones come from and "
+        "not used to choose anything but among the candidates counted, and for this engine file on this device only."
     )
 
 
-def _check(margins: Floats, disagree: NDArray[Any], alpha: float, grid: Sequence[float]) -> None:
-    if margins.ndim != 1 or margins.shape != disagree.shape or disagree.dtype != np.bool_:
+def _check(margins: Floats, disagree: NDArray[Any], alpha: float, grid: Sequence[float], ids: int) -> None:
+    if margins.ndim != 1 or margins.shape != disagree.shape or disagree.dtype != np.bool_ or ids != len(margins):
         raise StageFailed(
-            f"A deployment rule needs one margin and one boolean per sample; got {list(margins.shape)} margins and "
-            f"{disagree.dtype} {list(disagree.shape)}."
+            f"A deployment rule needs one margin and one boolean per sample, and one id where there are clusters; got "
+            f"{list(margins.shape)} margins, {disagree.dtype} {list(disagree.shape)} and {ids} ids."
         )
     if not 0 < alpha < 1:
         raise StageFailed(f"The limit alpha is {alpha:g}; expected a number between 0 and 1, such as 0.005.")
