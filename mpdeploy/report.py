@@ -22,8 +22,7 @@ from mpdeploy.page import environment
 from mpdeploy.pruning.spectrum import Spectrum
 
 MOST_SPECTRA, SHOWN_SPECTRA = 24, 12
-STAGE_LABELS = {"dense": "dense", "pruned": "prune", "tuned": "tune", "engine": "export + engine"}
-SHORT_LABELS = {**STAGE_LABELS, "engine": "engine"}
+STAGE_LABELS = {"dense": "dense", "pruned": "prune", "tuned": "tune", "onnx": "export", "engine": "engine"}
 VERDICTS = {"holds": "May be released", "refuted": "Must not be released", "unchecked": "Not established"}
 RANKINGS = {"error": "measured error", "edge": "MP edge (SEB)", "slack": "share of margins"}
 # What each gate of a recipe is called, which way its limit points, and the filter that prints its numbers.
@@ -201,10 +200,25 @@ def _claims(bundle: BundleReader) -> list[tuple[str, str]]:
     else:
         what = f"Labels and speed of {bundle.deploy or 'an engine'}"
         claims.append(("not checked", f"{what}: {row['why_not']}." if row else bundle.absent(what, "validate")))
+    claims += _unseen_claims(bundle)
     for other in _engines(bundle)["rows"]:
         if other["id"] != bundle.deploy and not other["measured"]:
             claims.append(("not checked", f"Labels and speed of {other['id']}: {other['status']}."))
     return [(ground, re.sub(r"\.\.$", ".", sentence)) for ground, sentence in claims]
+
+
+def _unseen_claims(bundle: BundleReader) -> list[tuple[str, str]]:
+    """Return (ground, sentence) about images that nobody ran, for the engine that the verdict is about."""
+    stated = bundle.json("disagreement.json")
+    own = stated.get("engines", {}).get(bundle.deploy)
+    if own is None:
+        return [
+            ("not checked", f"How often {bundle.deploy or 'an engine'} differs on unseen images: it was not run here.")
+        ]
+    claims = [("proved", own["statement"])]
+    if rule := stated.get("rule"):
+        claims.append(("proved" if rule["tau"] is not None else "not checked", rule["statement"]))
+    return claims
 
 
 def _unstructured_claim(bundle: BundleReader) -> tuple[str, str]:
@@ -230,18 +244,20 @@ def _margins(bundle: BundleReader) -> dict[str, Any]:
     figures = []
     if n:
         means = {rung: float(slack.mean()) for rung, slack in rungs.items()}
-        spent = [(b, SHORT_LABELS.get(b, b), means[a] - means[b]) for a, b in pairwise(names)]
+        spent = [(b, STAGE_LABELS.get(b, b), means[a] - means[b]) for a, b in pairwise(names)]
         ledger = bundle.tensors("ledger.safetensors")
         figures = [
             plots.waterfall(means[names[0]], spent, means[names[-1]], n),
-            plots.slack_boxes([(rung, SHORT_LABELS.get(rung, rung), slack) for rung, slack in rungs.items()]),
-            plots.margin_histogram(rungs[names[0]], rungs[names[-1]], SHORT_LABELS.get(names[-1], names[-1])),
+            plots.slack_boxes([(rung, STAGE_LABELS.get(rung, rung), slack) for rung, slack in rungs.items()]),
+            plots.margin_histogram(rungs[names[0]], rungs[names[-1]], STAGE_LABELS.get(names[-1], names[-1])),
             plots.kept_by_margin(rungs[names[0]], ledger["verdict"][finite]),
         ]
-    tables = [(f"On {count(certificate['samples'])} certification images", certificate.get("spent", []))]
+    caption = f"On {count(certificate['samples'])} certification images"
+    tables = [(caption, certificate.get("reference"), certificate.get("spent", []))]
     if bundle.deployed.get("spent"):
         samples = count(bundle.results["validation"]["samples"])
-        tables.append((f"On {samples} validation images, up to the engine {bundle.deploy}", bundle.deployed["spent"]))
+        caption = f"On {samples} validation images, up to the engine {bundle.deploy}"
+        tables.append((caption, None, bundle.deployed["spent"]))
     return {
         "figures": figures,
         "counts": certificate["counts"],
@@ -250,6 +266,7 @@ def _margins(bundle: BundleReader) -> dict[str, Any]:
         "not_finite": int((~finite).sum()),
         "engine": bundle.deploy if "engine" in rungs else "",
         "tables": tables,
+        "tests": certificate.get("tests"),
         "labels": STAGE_LABELS,
         "median": {"margin": certificate.get("margin_median"), "slack": certificate.get("slack_median")},
     }

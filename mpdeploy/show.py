@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from mpdeploy.api import Run
+from mpdeploy.artifact import read_json
 from mpdeploy.pipeline import Step
 from mpdeploy.planning import LayerRow, Preview
 
@@ -164,6 +165,10 @@ def run_tables(result: Run) -> None:
     out.print(
         line.append(f"{result.summary['deploy']} {RELEASE[verdict]}. {result.summary['reason']}", style="default")
     )
+    unseen = read_json(result.bundle / "disagreement.json")["engines"].get(result.summary["deploy"])
+    if unseen:
+        per = f"{unseen['n']} clusters" if unseen["clusters"] else f"{unseen['n']} images"
+        out.print(f"unseen  at most {100 * unseen['upper']:.2f} % of labels differ from the dense network's ({per})")
     out.print(f"bundle  {result.bundle}\nreport  {result.bundle / 'report.html'}", soft_wrap=True)
 
 

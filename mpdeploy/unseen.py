@@ -57,31 +57,33 @@ def claims(artifacts: Mapping[str, Artifact], table: Validate, count: int) -> tu
     )
     samples = load_file(validate.path("samples.safetensors"))
     clusters = clusters_of(ids, table.cluster)
-    engines: dict[str, Any] = {}
+    stated: dict[str, Any] = {"schema": 1, "confidence": table.confidence, "candidates": count, "engines": {}}
     rule = None
+    stated["rule"] = None
     for row in validate.json("results.json")["engines"]:
-        if row["status"] != "measured" or count == 0:
+        if row["status"] != "measured":
             continue
-        logits = samples[f"engine.{row['id']}"]
+        name, logits = row["id"], samples[f"engine.{row['id']}"]
         differs = ~(slack_of(logits) > 0)
         bound = (
             disagreement(int(differs.sum()), len(ids), table.confidence, count)
             if clusters is None
             else clustered(differs, clusters, table.confidence, count)
         )
-        engines[row["id"]] = {
+        stated["engines"][name] = {
             "k": bound.disagreements,
             "n": bound.n,
             "upper": bound.upper,
             "clusters": table.cluster or None,
             "statement": bound.statement,
         }
-        if row["id"] == table.deploy:
-            scale = artifacts["certify"].json("certificate.json")["margin_median"]
-            rule = _rule(logits, differs, clusters, table, scale, count)
-    stated = {"schema": 1, "confidence": table.confidence, "candidates": count, "engines": engines, "rule": None}
-    if rule is not None:
-        stated["rule"] = {"engine": table.deploy, **rule.json()}
+        scale = artifacts["certify"].json("certificate.json")["margin_median"]
+        # Where the dense margins are nothing, there is no scale to test on.
+        if name == table.deploy and scale is not None and scale > 0:
+            margins = _margins(logits)
+            rule = _rule(margins, differs, clusters, table, scale, count)
+            abstains = len(ids) if rule.tau is None else len(ids) - int((margins > rule.tau).sum())
+            stated["rule"] = {**rule.json(), "engine": name, "abstains": abstains}
     return stated, rule
 
 
@@ -101,24 +103,24 @@ def clusters_of(ids: Sequence[str], pattern: str) -> list[str] | None:
     return [match[1] for _, match in found if match is not None]
 
 
+def _margins(logits: NDArray[Any]) -> NDArray[np.float64]:
+    """Return the engine's own margins from kept columns; where every class is kept, the last one stands for none."""
+    return engine_margins(logits[:, :-1] if np.isneginf(logits[:, -1]).all() else logits)
+
+
 def _rule(
-    logits: NDArray[Any],
+    margins: NDArray[np.float64],
     differs: NDArray[np.bool_],
     clusters: list[str] | None,
     table: Validate,
-    scale: float | None,
+    scale: float,
     count: int,
-) -> Rule | None:
-    """Return the rule, None where the dense margins give no scale to test on."""
-    if scale is None or not scale > 0:
-        return None
-    # Where every class is kept, the last column stands for none.
-    own = engine_margins(logits[:, :-1] if np.isneginf(logits[:, -1]).all() else logits)
+) -> Rule:
     grid = margin_grid(scale)
     if clusters is None:
-        return deployment_rule(own, differs, table.alpha, table.confidence, grid, count)
-    rule = deployment_rule(*_worst_of_clusters(own, differs, clusters), table.alpha, table.confidence, grid, count)
-    return replace(rule, abstains=1.0 if rule.tau is None else 1 - float((own > rule.tau).mean()))
+        return deployment_rule(margins, differs, table.alpha, table.confidence, grid, count)
+    rule = deployment_rule(*_worst_of_clusters(margins, differs, clusters), table.alpha, table.confidence, grid, count)
+    return replace(rule, abstains=1.0 if rule.tau is None else 1 - float((margins > rule.tau).mean()))
 
 
 def _worst_of_clusters(

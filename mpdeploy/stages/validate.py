@@ -288,11 +288,11 @@ def _violations(certificate: Mapping[str, Any], engine: Logits, ids: list[str]) 
 def _binds(given: Given) -> dict[str, Any]:
     """Return which files were measured: with another one of them these results say nothing."""
     export, build = given["export"], given["build"]
-    manifests = {name: _manifest(given, name) for name in build.facts["engines"]}
+    folders = [f"{name}{end}" for name in build.facts["engines"] for end in ("", ".dense")]
     return {
         "certificate": sha256_of(given["certify"].path("certificate.json")),
         "onnx": {name: sha256_of(export.path(name)) for name in export.json("export.json")["files"]},
-        "engines": {name: manifest["sha256"] for name, manifest in manifests.items()},
+        "engines": {folder: _manifest(given, folder)["sha256"] for folder in folders},
     }
 
 
