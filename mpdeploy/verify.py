@@ -8,16 +8,27 @@ producer is not repeated here. Files first, claims second:
 
     files, formats     the manifest lists exactly the files there are, and each is what it says; all of it parses
     digest             only with --expect: the manifest itself is the one that was announced
+    policy             the locked recipe is the user's recipe.toml with the overrides that are on record
+    orders             every order of channels that was folded into the weights is a permutation of those channels
+    layers             what the recipe asks to prune is pruned, what stays dense may, and nothing else was changed
     weights            the N:M pattern of every layer, along input channels, in weights/pruned and weights/tuned; of an
                        unstructured layer the number of its zeros
     allocation         only of a mixed recipe: the patterns are its ranking's choice, their costs and sums are right
     sidecar, graph:*   the sparsity manifest against the ONNX bytes: consumer, axis, pattern, hash; nothing left out
     export:*           the ONNX weights are the certified ones; a folded BatchNorm may scale an output channel
     ids                calibration, certification and validation images are disjoint
+    binds              weights, preprocessing, images, ONNX files and engines are those that were certified and measured
     ledger             every number of the certificate from the stored logits, in float64
-    results, engine:*, latency:*   every count, interval and quantile from the stored logits and seconds
+    objective          only where it is claimed: norms of what pruning took away; a spectral bound is proved by Cholesky
+    zero_budget        only where it is claimed: inputs removed at no cost are as many as can be, within rounding
+    results, engine:*, latency:*, noise:*   every count, interval and quantile from the stored logits and seconds
+    disagreement       only where it is claimed: the bound for images that were not run, and the margin that abstains
     engines            each engine file is the one its manifest describes, in the asked precision, with its dense twin
-    policy, verdict, gate:*   the recipe's own gates, judged again
+    verdict, gate:*    the recipe's own gates, judged again
+
+Of many classes a ledger keeps a few per sample and the largest logit of the others, which is all that a decision needs.
+eps, share, displacement and range go over all classes: they are re-derived where all are kept, and else held to be no
+smaller than what the kept ones give.
 
 What can't be re-derived without a GPU, PyTorch or the images is taken as measured: that the stored logits and seconds
 came from these weights and engines.
@@ -38,7 +49,9 @@ import tomllib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
+from fnmatch import fnmatchcase
 from functools import cache
+from itertools import pairwise
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -91,8 +104,9 @@ class Unchecked(Exception):
     """A claim that can't be decided from the bundle."""
 
 
-REQUIRED = ("files", "formats", "weights", "sidecar", "ids", "ledger", "results", "engines", "policy", "verdict")
-REQUIRED_KINDS = ("graph", "export", "engine", "gate")
+REQUIRED = {"files", "formats", "policy", "orders", "layers", "weights", "sidecar", "ids", "binds", "ledger"}
+REQUIRED |= {"results", "engines", "verdict"}
+REQUIRED_KINDS = {"graph", "export", "engine", "gate"}
 
 
 def overall(findings: Sequence[Finding]) -> Verdict:
@@ -234,7 +248,7 @@ def _view(data: memoryview, begin: int, dtype: str, shape: tuple[int, ...], wher
 
 # ------------------------------------------------------------------------------------------------- ONNX's protobuf
 
-MAX_FIELDS = 4_000_000
+MAX_FIELDS = 1_000_000
 """Per message: no graph has more nodes, and a tensor with more values stores them as raw bytes."""
 FLOAT, FLOAT16 = 1, 10
 TENSOR_TYPES = {FLOAT: "float32", 2: "uint8", 3: "int8", 4: "uint16", 5: "int16", 6: "int32", 7: "int64", 9: "bool"}
@@ -469,6 +483,7 @@ class Bundle:
 
     root: Path
     files: Mapping[str, Mapping[str, Any]]
+    derived: dict[str, Any] = field(default_factory=dict)
     _parsed: dict[str, Any] = field(default_factory=dict)
 
     def _once(self, name: str, parse: Callable[[memoryview, str], Any]) -> Any:
@@ -641,6 +656,166 @@ def _check_layer(layer: Mapping[str, Any], states: Mapping[str, Mapping[str, Arr
     must(
         abs(layer["density"] - own) <= 1e-4, f"{name} states the density {layer['density']}, its weights have {own:.6f}"
     )
+
+
+# --------------------------------------------------------------------------- what was asked to be pruned, and the rest
+
+
+def check_orders(bundle: Bundle) -> str:
+    """Orders: each folded order of channels is a permutation of them, within its blocks, of tensors that are there."""
+    folded, tried = bundle.json("orders.json")["folded"], bundle.json("orders.json")["tried"]
+    moved = reordered(bundle)
+    stated = sum(row["order"] is True for row in tried)
+    must(stated == len(folded), f"orders.json says that {stated} orders were folded and lists {len(folded)}")
+    channels = sum(len(row["order"]) for row in folded)
+    return (
+        f"{len(folded)} orders of {channels} channels are permutations, and fit the {len(moved)} dense tensors"
+    )
+
+
+def reordered(bundle: Bundle) -> dict[str, Array]:
+    """Return the dense weights in the order of channels that was folded into the pruned ones."""
+    if "reordered" not in bundle.derived:
+        state = dict(bundle.tensors("weights/dense.safetensors"))
+        for row in bundle.json("orders.json")["folded"]:
+            _fold(state, row["coupling"], np.array(row["order"]))
+        bundle.derived["reordered"] = state
+    result: dict[str, Array] = bundle.derived["reordered"]
+    return result
+
+
+def _fold(state: dict[str, Array], coupling: Mapping[str, Any], order: Array) -> None:
+    """Apply one order: channel i becomes what channel order[i] was, at every place where the channels are stored."""
+    name, size, blocks = coupling["name"], coupling["size"], coupling["blocks"]
+    must(
+        order.dtype.kind == "i" and order.shape == (size,) and (np.sort(order) == np.arange(size)).all(),
+        f"the order for {name} is no permutation of its {size} channels",
+    )
+    must(0 < blocks <= size and size % blocks == 0, f"the {size} channels for {name} don't divide into {blocks} blocks")
+    width = size // blocks
+    must((order // width == np.arange(size) // width).all(), f"the order for {name} moves a channel out of its block")
+    members = [(m["tensor"], m["axis"], m["start"]) for m in [*coupling["producers"], *coupling["consumers"]]]
+    must(len(set(members)) == len(members), f"{name} moves the same channels of a tensor twice")
+    for tensor, axis, start in members:
+        must(tensor in state, f"{name} moves the tensor {tensor}, which weights/dense does not hold")
+        array = state[tensor]
+        must(
+            0 <= axis < array.ndim and 0 <= start <= array.shape[axis] - size,
+            f"{name} moves channels {start} to {start + size} on axis {axis} of {tensor}, of shape {array.shape}",
+        )
+        index = np.arange(array.shape[axis])
+        index[start : start + size] = start + order
+        state[tensor] = np.take(array, index, axis=axis)
+
+
+def check_layers(bundle: Bundle) -> str:
+    """Layers: what the recipe asks to prune is pruned, a layer stays dense for a reason, nothing else was changed.
+
+    Which layers have to be pruned follows from the recipe and the shapes of the dense weights, never from what the
+    layer table or the certificate says of itself.
+    """
+    asked, rows = _recipe(bundle)["prune"], {row["name"]: row for row in bundle.json("layers.json")}
+    dense, pruned = reordered(bundle), bundle.tensors("weights/pruned.safetensors")
+    must(dense.keys() == pruned.keys(), f"weights/pruned has or lacks {_first(dense.keys() ^ pruned.keys())}")
+    chosen = {name: row for name, row in rows.items() if row["pattern"]}
+    left = [name for name, row in rows.items() if not row["pattern"] and not _excused(bundle, row, list(rows.values()))]
+    if asked["pattern"] == "mixed":
+        choices = bundle.json("allocation.json")["layers"]
+        left = [name for name in left if name not in choices]
+    else:
+        other = _first(name for name, row in chosen.items() if row["pattern"] != asked["pattern"])
+        must(not other, f"{other} has another pattern than the recipe's {asked['pattern']}")
+    if asked["pattern"] == UNSTRUCTURED:
+        _check_sparsity([f"{name}.weight" for name in [*chosen, *left]], pruned, asked["sparsity"])
+    else:
+        must(not left, f"{_first(left)} stays dense, though the recipe asks to prune it and a pattern fits")
+    _check_unchanged(dense, pruned, rows, asked["reconstruct"])
+    if not _recipe(bundle)["tune"]["epochs"]:
+        tuned = bundle.tensors("weights/tuned.safetensors")
+        key = _first(key for key in pruned if not np.array_equal(pruned[key], tuned[key]))
+        must(not key, f"nothing was tuned, and {key} is not the pruned one in weights/tuned")
+    for key, array in dense.items():
+        unlisted = _is_weight(key, array) and key.removesuffix(".weight") not in rows
+        if unlisted and _divides(asked, array.shape[1]) and _uses_of(bundle, key):
+            raise Unchecked(f"the graph multiplies by {key}, which layers.json leaves out: only its code can tell why")
+    return f"{len(chosen)} of {len(rows)} layers are pruned as the recipe asks, the others need not be; no more changed"
+
+
+def _check_unchanged(
+    dense: Mapping[str, Array], pruned: Mapping[str, Array], rows: Mapping[str, Mapping[str, Any]], reconstruct: int
+) -> None:
+    """Refute a tensor that pruning changed though it belongs to no pruned layer.
+
+    Reconstruction trains whatever lies in a block with a pruned layer; then only weights that nobody lists must stay.
+    """
+    layers = rows if reconstruct else [name for name, row in rows.items() if row["pattern"]]
+    may = {f"{name}.{part}" for name in layers for part in ("weight", "bias")}
+    for key, array in dense.items():
+        if key not in may and (not reconstruct or _is_weight(key, array)):
+            must(
+                np.array_equal(array, pruned[key]),
+                f"weights/pruned: {key} is not the dense one, and belongs to no layer that is pruned",
+            )
+
+
+def _check_sparsity(keys: Sequence[str], pruned: Mapping[str, Array], sparsity: float) -> None:
+    """Refute fewer zeros in the whole network than the recipe asks for."""
+    zeros = sum(pruned[key].size - np.count_nonzero(pruned[key]) for key in keys)
+    asked = round(sparsity * sum(pruned[key].size for key in keys))
+    must(zeros >= asked, f"the layers have {zeros} zeros, the recipe's sparsity {sparsity} asks for {asked}")
+
+
+def _is_weight(key: str, array: Array) -> bool:
+    """Tell whether a tensor could be the weight of a linear layer or a convolution."""
+    return key.endswith(".weight") and array.ndim in (2, 4) and array.dtype.kind == "f"
+
+
+def _patterns(asked: Mapping[str, Any]) -> list[str]:
+    """Return the patterns that a layer may get."""
+    return list(asked["allocate"]["patterns"]) if asked["pattern"] == "mixed" else [asked["pattern"]]
+
+
+def _divides(asked: Mapping[str, Any], inputs: int) -> bool:
+    """Tell whether any pattern of the recipe fits a number of inputs."""
+    return any(p == UNSTRUCTURED or inputs % int(p.partition(":")[2]) == 0 for p in _patterns(asked))
+
+
+def _excused(bundle: Bundle, row: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> bool:
+    """Tell whether a dense layer need not be pruned by the recipe, its shape or the graph."""
+    asked, name, key = _recipe(bundle)["prune"], row["name"], f"{row['name']}.weight"
+    state = bundle.tensors("weights/dense.safetensors")
+    if key not in state or any(fnmatchcase(name, glob) for glob in asked["skip"]):
+        return True
+    shape, called = state[key].shape, [other["name"] for other in rows if other["positions"]]
+    must(list(shape) == list(row["shape"]), f"{name} has shape {shape} in weights/dense, stated is {row['shape']}")
+    head = name in called[-1:] or shape[0] == bundle.json("certificate.json")["classes"]
+    if (asked["keep_stem_dense"] and name in called[:1]) or (asked["keep_head_dense"] and head):
+        return True
+    if not _divides(asked, shape[1]):
+        return True
+    nodes = _uses_of(bundle, key)
+    if not nodes and row["positions"]:
+        raise Unchecked(
+            f"{name} is dense and the graph multiplies by something else: only the network's code tells why"
+        )
+    # Never called, called again with other inputs, in groups, or sharing its weight: there no pattern can be held.
+    shared = any(other != key and np.array_equal(array, state[key]) for other, array in state.items())
+    return shared or len(nodes) != 1 or nodes[0].numbers.get("group", [1]) != [1]
+
+
+def _uses_of(bundle: Bundle, key: str) -> list[Node]:
+    """Return the nodes of the exported graph that multiply by a certified tensor, whatever name it has there."""
+    name = next((name for name in GRAPHS if name in bundle.files), GRAPHS[0])
+    graph, state = bundle.graph(name), bundle.tensors("weights/tuned.safetensors")
+    found = []
+    for use in weight_uses(graph):
+        own = graph.constants[use.constant]
+        own = own.T if own.ndim == 2 and use.axis == 0 else own
+        if own.shape == state[key].shape and (
+            np.array_equal(own, state[key].astype(own.dtype)) or any(_folded_norms(own, state[key], state))
+        ):
+            found.append(next(node for node in graph.nodes if (node.name or node.outputs[0]) == use.node))
+    return found
 
 
 # --------------------------------------------------------------------------------------------- the choice of patterns
@@ -873,8 +1048,6 @@ def check_export(bundle: Bundle, name: str) -> str:
 def _check_same_weight(entry: Mapping[str, Any], graph: Graph, state: Mapping[str, Array], file: str) -> bool:
     """Compare one exported weight with the certified one; return whether a BatchNorm was folded into it."""
     name, layer = entry["initializer"], entry["layer"]
-    if entry.get("permutation") is not None:
-        raise Unchecked(f"{file}: {name} is permuted, which this checker does not undo")
     own, stored = graph.constants[name], state.get(f"{layer}.weight")
     own = own.T if own.ndim == 2 and entry["axis"] == 0 else own
     if stored is None:
@@ -884,6 +1057,9 @@ def _check_same_weight(entry: Mapping[str, Any], graph: Graph, state: Mapping[st
     must(
         own.shape == stored.shape, f"{file}: {name} has shape {own.shape}, the certified {layer}.weight {stored.shape}"
     )
+    if (order := entry.get("permutation")) is not None:
+        must(sorted(order) == list(range(own.shape[1])), f"{file}: {name} has a permutation that is none")
+        stored = np.take(stored, order, axis=1)
     if np.array_equal(own, stored.astype(own.dtype)):
         return False
     norms = dict(_folded_norms(own, stored, state))
@@ -967,122 +1143,430 @@ def check_ids(bundle: Bundle) -> str:
     return ", ".join(f"{len(ids[kind])} {kind}" for kind in kinds) + " ids, all different"
 
 
-def pair_margins(logits: Array, label: Array) -> tuple[Floats, Bools]:
-    """Return z[label] - z[j] in float64, and a mask of the competitors j."""
+@dataclass(frozen=True)
+class Columns:
+    """What is stored of n samples of K classes through S stages; of each sample T classes are kept.
+
+    Attributes:
+        stages: names, the dense network first.
+        classes: K.
+        labels: int [n], the true classes.
+        kept: int [n, T]; first the dense label y, then by falling dense logit.
+        logits: float64 [n, S, T + 1], at the kept classes; last the largest of the others, -inf where T = K.
+        eps: float64 [n, S - 1], over all classes the largest |z_s - z_{s-1}|.
+        share: float64 [n, S - 1], over all classes j the largest -d_sj / m_j, where m_j = z_0[y] - z_0[j] is the dense
+            margin and d_sj what the stage adds to it.
+    """
+
+    stages: tuple[str, ...]
+    classes: int
+    labels: Array
+    kept: Array
+    logits: Floats
+    eps: Floats
+    share: Floats
+
+    def slack(self, stage: int) -> Floats:
+        """Return the dense label's margin to the best other class after a stage, NaN where a logit is not finite."""
+        return slack_of(self.logits[:, stage])
+
+    def right(self, stage: int) -> Bools:
+        """Tell which samples a stage gives their true label."""
+        return np.asarray(decide(self.logits[:, stage], self.kept) == self.labels)
+
+    def with_stage(self, name: str, logits: Array, eps: Array, share: Array) -> "Columns":
+        """Return the same samples with one stage more."""
+        longer = np.concatenate([self.logits, logits.astype(np.float64)[:, None]], axis=1)
+        columns = [np.concatenate([old, new[:, None]], axis=1) for old, new in ((self.eps, eps), (self.share, share))]
+        return Columns((*self.stages, name), self.classes, self.labels, self.kept, longer, *columns)
+
+
+def whole(logits: Array) -> Bools:
+    """Tell which rows [n, T + 1] are finite; the last column is -inf where no class is left for it."""
+    return np.asarray(np.isfinite(logits[:, :-1]).all(axis=1) & (logits[:, -1] < np.inf))
+
+
+def slack_of(logits: Array) -> Floats:
+    """Return the first column's margin to the best other one, NaN where a logit is not finite."""
     z = logits.astype(np.float64)
-    own = np.arange(z.shape[1])[None, :] == label[:, None]
-    return z[own][:, None] - z, ~own
-
-
-def keeps(pairs: Floats, others: Bools) -> Bools:
-    """Tell where the label beats every competitor strictly; NaN, infinity and ties lose."""
-    return np.asarray(((pairs > 0) | ~others).all(axis=1) & np.isfinite(pairs).all(axis=1))
-
-
-def smallest(pairs: Floats, others: Bools) -> Floats:
-    """Return the margin to the best competitor."""
-    result: Floats = np.where(others, pairs, np.inf).min(axis=1)
+    result: Floats = np.where(whole(z), (z[:, :1] - z[:, 1:]).min(axis=1), np.nan)
     return result
 
 
-def check_spent(rows: Sequence[Mapping[str, Any]], logits: Mapping[str, Array], what: str) -> None:
+def decide(logits: Array, kept: Array) -> Array:
+    """Return the class that each row [n, T + 1] gives, the lower one on a tie; -1 if it is not kept or not finite."""
+    best = logits[:, :-1].max(axis=1)
+    first = np.where(logits[:, :-1] == best[:, None], kept.astype(np.int64), 1 << 62).min(axis=1)
+    label: Array = np.where(whole(logits) & (best >= logits[:, -1]), first, -1)
+    return label
+
+
+def fits(stated: Array, own: Array, exact: bool) -> bool:
+    """Tell whether numbers that go over all classes fit what the kept ones give: no smaller, and equal if `exact`."""
+    room = 1e-6 * np.abs(own) + 1e-9
+    return bool((stated >= own - room).all() and (not exact or (stated <= own + room).all()))
+
+
+def read_columns(tensors: Mapping[str, Array], stages: Sequence[str], classes: int, where: str) -> Columns:
+    """Return the columns of a ledger, of which shapes, classes and the dense logits are in order."""
+    labels, kept, logits = (tensors[name] for name in ("labels", "kept_classes", "logits"))
+    n, count = len(labels), len(stages)
+    shapes = [labels.shape, kept.shape, logits.shape, tensors["eps"].shape, tensors["share"].shape]
+    most = kept.shape[-1]
+    must(
+        shapes == [(n,), (n, most), (n, count, most + 1), (n, count - 1), (n, count - 1)] and 2 <= most <= classes,
+        f"{where} has columns of the shapes {shapes} for {count} stages and {classes} classes",
+    )
+    kinds = [tensors[name].dtype.kind for name in ("labels", "kept_classes", "logits", "eps", "share")]
+    must(kinds == ["i", "i", "f", "f", "f"], f"{where} has columns of the kinds {kinds}")
+    ordered = np.sort(kept, axis=1)
+    must(
+        (ordered[:, 0] >= 0).all() and (ordered[:, -1] < classes).all() and (np.diff(ordered, axis=1) > 0).all(),
+        f"{where}: kept_classes are not different classes of {classes}",
+    )
+    must((kept == labels[:, None]).any(axis=1).all(), f"{where}: a sample's own label is not among its kept classes")
+    z = logits.astype(np.float64)
+    dense, rest = z[:, 0, :-1], z[:, 0, -1]
+    must(whole(z[:, 0]).all(), f"{where}: dense logits are not finite everywhere")
+    others = np.isneginf(z[:, :, -1]).all() if most == classes else np.isfinite(rest).all()
+    must(others, f"{where}: the last column is not the largest logit of the classes that are not kept")
+    step = np.diff(dense, axis=1)
+    falls = (step < 0) | ((step == 0) & (np.diff(kept, axis=1) > 0))
+    must(
+        falls.all() and (dense[:, 0] >= rest).all(), f"{where}: kept_classes do not begin with the dense label, or rise"
+    )
+    return Columns(tuple(stages), classes, labels, kept, z, tensors["eps"], tensors["share"])
+
+
+def check_kept(columns: Columns, beside: Sequence[Array], keep: int, where: str) -> None:
+    """Check which classes are kept: the label, every stage's winner, and the best of the dense network.
+
+    Args:
+        columns: of the ledger.
+        beside: further [n, T + 1] logits, whose winners are kept too.
+        keep: how many the recipe asks for.
+        where: the file.
+    """
+    arrays = [*np.moveaxis(columns.logits, 1, 0), *beside]
+    most = min(columns.classes, max(keep, len(arrays) + 1))
+    must(columns.kept.shape[1] == most, f"{where} keeps {columns.kept.shape[1]} classes, the recipe asks for {most}")
+    clear = np.logical_and.reduce([whole(z) for z in arrays])
+    special = columns.kept == columns.labels[:, None]
+    for z in arrays:
+        own = z[:, :-1].astype(np.float64)
+        must((own.max(axis=1) >= z[:, -1])[clear].all(), f"{where}: a winner is not among the kept classes")
+        special |= columns.kept == decide(z, columns.kept)[:, None]
+    low = ~special & (columns.logits[:, 0, :-1] < columns.logits[:, 0, -1:])
+    must(not low[clear].any(), f"{where}: a class is kept that is neither special nor among the dense network's best")
+
+
+def check_changes(columns: Columns, where: str) -> None:
+    """Check eps and share of every stage."""
+    exact = columns.kept.shape[1] == columns.classes
+    margins = columns.logits[:, 0, :1] - columns.logits[:, 0, 1:-1]
+    tied = ~(columns.slack(0) > 0)
+    for at, stage in enumerate(columns.stages[1:]):
+        before, after = columns.logits[:, at], columns.logits[:, at + 1]
+        seen = whole(before) & whole(after)
+        change = (after - before)[:, :-1]
+        eps, share = columns.eps[:, at], columns.share[:, at]
+        own = np.abs(change).max(axis=1)
+        must(
+            fits(eps[seen], own[seen], exact) and not np.isfinite(eps[~seen]).any(),
+            f"{where}: eps of the stage {stage} is not what the logits give",
+        )
+        known = np.isfinite(eps) & ~tied
+        own = ((change[:, 1:] - change[:, :1]) / margins).max(axis=1)
+        must(
+            fits(share[known], own[known], exact) and np.isfinite(share[known]).all(),
+            f"{where}: share of the stage {stage} is not what the logits give",
+        )
+        must(
+            np.isposinf(share[tied]).all() and np.isnan(share[~known & ~tied]).all(),
+            f"{where}: share of the stage {stage} is a number where the dense label is tied or a logit is not finite",
+        )
+
+
+def check_spent(rows: Sequence[Mapping[str, Any]], columns: Columns, what: str) -> None:
     """Check the summary of what each stage spent of the dense margins.
 
     Args:
         rows: as stated, one per stage after the dense one.
-        logits: stage -> [n, K] logits, dense first, in the order of `rows`.
+        columns: of the ledger.
         what: begins the sentence where something differs.
     """
-    names = list(logits)
-    must([row["stage"] for row in rows] == names[1:], f"{what} lists other stages than {', '.join(names[1:])}")
-    z = {name: array.astype(np.float64) for name, array in logits.items()}
-    label = z["dense"].argmax(axis=1)
-    dense, others = pair_margins(z["dense"], label)
-    last, _ = pair_margins(z[names[-1]], label)
-    for row, before, after in zip(rows, names[:-1], names[1:], strict=True):
-        change = z[after] - z[before]
-        gained, _ = pair_margins(change, label)
-        share = np.where(others & (dense > 0), -gained / dense, -np.inf).max(axis=1)[smallest(dense, others) > 0]
-        eps = np.abs(change).max(axis=1)
+    names = columns.stages[1:]
+    must([row["stage"] for row in rows] == list(names), f"{what} lists other stages than {', '.join(names)}")
+    changes = np.diff(columns.logits[:, :, :-1], axis=1)
+    added = changes[:, :, :1] - changes  # what each stage adds to the margin of each kept class
+    last = columns.logits[:, -1]
+    lost, pairs = ~(slack_of(last) > 0), last[:, :1] - last[:, 1:-1]
+    winner = 1 + np.where(np.isfinite(last[:, 1:-1]), last[:, 1:-1], -np.inf).argmax(axis=1)
+    loss = -added[np.arange(len(last)), :, winner]
+    primary = np.where(np.isfinite(loss), loss, np.inf).argmax(axis=1)
+    for at, row in enumerate(rows):
+        eps, share = columns.eps[:, at], columns.share[:, at]
+        known = share[np.isfinite(share)]
+        restored = (pairs - added[:, at, 1:] > 0).all(axis=1) & (last[:, 0] > last[:, -1])
         own = {
             "eps_inf_median": float(np.median(eps)),
             "eps_inf_max": float(eps.max()),
-            "share_median": float(np.median(share)) if share.size else None,
-            "share_p99": float(np.quantile(share, 0.99)) if share.size else None,
-            "flips_alone": int((~keeps(dense + gained, others)).sum()),
-            "flips_but_for": int((~keeps(last, others) & keeps(last - gained, others)).sum()),
+            "share_median": float(np.median(known)) if known.size else None,
+            "share_p99": float(np.quantile(known, 0.99)) if known.size else None,
+            "flips_alone": int((~(share < 1)).sum()),
+            "flips_but_for": int((lost & restored).sum()),
+            "flips_primary": int((lost & (primary == at)).sum()),
         }
         for key, value in own.items():
-            must_equal(row[key], value, f"{what}: {key} of the stage {after}")
+            must_equal(row[key], value, f"{what}: {key} of the stage {names[at]}")
+
+
+LEDGER = ["dense", "pruned", "tuned"]
+
+
+def certified_columns(bundle: Bundle) -> Columns:
+    """Return the columns of ledger.safetensors."""
+    classes = bundle.json("certificate.json")["classes"]
+    return read_columns(bundle.tensors("ledger.safetensors"), LEDGER, classes, "ledger.safetensors")
 
 
 def check_ledger(bundle: Bundle) -> str:
     """Ledger: margins, slacks, verdicts and every number of the certificate, from the stored logits in float64."""
-    stated, ledger = bundle.json("certificate.json"), bundle.tensors("ledger.safetensors")
-    stages = stated["stages"]
-    must(stages == ["dense", "pruned", "tuned"], f"the certificate is about the stages {stages}")
-    logits, n = {stage: ledger[stage] for stage in stages}, len(ledger["labels"])
+    stated, ledger, asked = bundle.json("certificate.json"), bundle.tensors("ledger.safetensors"), _recipe(bundle)
+    must(stated["schema"] == 2, f"certificate.json is of schema {stated['schema']}, this checker reads 2")
+    must(stated["stages"] == LEDGER, f"the certificate is about the stages {stated['stages']}")
+    n = len(ledger["labels"])
     if n == 0:
         raise Unchecked("the ledger is empty: no certification sample")
-    _check_logits(logits, ledger["labels"], "ledger.safetensors")
-    must((stated["samples"], stated["classes"]) == logits["dense"].shape, "the certificate states another n or K")
+    columns = certified_columns(bundle)
+    must((stated["samples"], stated["kept"]) == columns.kept.shape, "the certificate states another n or T")
     must(
         stated["ids"] == bundle.json("calibration.json")["certification_ids"] and len(stated["ids"]) == n,
         "the ids of the certificate are not the certification ids in their order, one per row of the ledger",
     )
-    _check_rows(stated, ledger)
-    for stage in stages:
-        digest = bundle.files[f"weights/{stage}.safetensors"]["sha256"]
-        must(stated["digests"][stage] == digest, f"the certificate binds other {stage} weights than weights/{stage}")
-        correct = int((decide(logits[stage]) == ledger["labels"]).sum())
-        must_equal(stated["top1"][stage], correct, f"the count of right {stage} labels")
-    check_spent(stated["spent"], logits, "the certificate")
-    counts = stated["counts"]
-    return f"{n} samples: {counts['certified']} certified, {counts['kept']} kept, {counts['flipped']} flipped"
+    check_kept(columns, [], asked["certify"]["keep"], "ledger.safetensors")
+    check_changes(columns, "ledger.safetensors")
+    _check_verdicts(stated, ledger, columns, asked["certify"]["reserve"])
+    for at, stage in enumerate(LEDGER):
+        must_equal(stated["top1"][stage], int(columns.right(at).sum()), f"the count of right {stage} labels")
+    check_spent(stated["spent"], columns, "the certificate")
+    _check_reference(stated["reference"], ledger["reference"], columns, asked["certify"]["reference"])
+    counts, g = stated["counts"], stated["reference"]["samples"]
+    return (
+        f"{n} samples: {counts['certified']} certified, {counts['kept']} kept, {counts['flipped']} flipped; "
+        f"{stated['kept']} of {stated['classes']} classes are stored of each, and {g} samples in float64"
+    )
 
 
-def _check_logits(logits: Mapping[str, Array], labels: Array, where: str) -> None:
-    """Refute logits that are not finite, not of one shape, and labels that are no class."""
-    shape = logits["dense"].shape
-    must(labels.ndim == 1 and len(shape) == 2 and shape[1] > 1, f"{where} holds logits of shape {shape}")
-    for name, array in logits.items():
-        must(array.shape == (len(labels), shape[1]), f"{where}: {name} has shape {array.shape}, labels {labels.shape}")
-        must(np.isfinite(array).all(), f"{where}: the logits {name} hold NaN or infinity")
-    must(labels.dtype.kind in "iu" and ((labels >= 0) & (labels < shape[1])).all(), f"{where}: a label is no class")
-
-
-def _check_rows(stated: Mapping[str, Any], ledger: Mapping[str, Array]) -> None:
-    """Check the per-sample columns of the ledger and what the certificate counts of them."""
-    dense = ledger["dense"].astype(np.float64)
-    label = dense.argmax(axis=1)
-    pairs, others = pair_margins(dense, label)
-    last, _ = pair_margins(ledger["tuned"], label)
-    reserve = float(stated["reserve"]) * (dense.max(axis=1) - dense.min(axis=1))
-    must(stated["reserve"] >= 0, f"the certificate sets aside a reserve of {stated['reserve']}")
-    slack, kept = smallest(last, others), keeps(last, others)
-    columns = {"dense_label": label, "margin": smallest(pairs, others), "slack": slack, "reserve": reserve}
-    columns["verdict"] = np.where(kept, np.where(slack > reserve, 2, 1), 0)
-    for name, own in columns.items():
-        there = ledger[name]
-        close = there.shape == own.shape and (np.abs(there.astype(np.float64) - own) <= 1e-9 + 1e-9 * np.abs(own)).all()
-        wrong = int(np.argmin(np.isclose(there, own, 1e-9, 1e-9))) if there.shape == own.shape else 0
-        must(
-            close,
-            f"ledger.safetensors: {name} is not what the logits give, first for the sample {stated['ids'][wrong]}",
-        )
-    for verdict, kind in enumerate(("flipped", "kept", "certified")):
-        must_equal(stated["counts"][kind], int((columns["verdict"] == verdict).sum()), f"the count of {kind} samples")
-    must_equal(stated["margin_median"], float(np.median(columns["margin"])), "margin_median")
+def _check_verdicts(stated: Mapping[str, Any], ledger: Mapping[str, Array], columns: Columns, reserve: float) -> None:
+    """Check range, displacement and verdict of every sample, and what the certificate counts of them."""
+    n, exact = len(columns.labels), columns.kept.shape[1] == columns.classes
+    spread, moved, verdict = ledger["range"], ledger["displacement"], ledger["verdict"]
+    must(
+        (spread.shape, moved.shape, verdict.shape) == ((n,), (n, 2), (n,)),
+        "ledger.safetensors: range, displacement or verdict are not one row per sample",
+    )
+    dense, last = columns.logits[:, 0, :-1], columns.logits[:, -1]
+    must(
+        fits(spread, dense.max(axis=1) - dense.min(axis=1), exact) and np.isfinite(spread).all(),
+        "ledger.safetensors: range is not what the logits give",
+    )
+    clear = whole(last)
+    change = last[clear, :-1] - dense[clear]
+    own = np.stack([np.abs(change).max(axis=1), change.max(axis=1) - change.min(axis=1)], axis=1)
+    must(
+        fits(moved[clear], own, exact) and not np.isfinite(moved[~clear]).any(),
+        "ledger.safetensors: displacement is not what the logits give",
+    )
+    # True of any D: its span is at most twice its largest entry, which is at most the sum of the stages' own.
+    through = clear & np.isfinite(columns.eps).all(axis=1)
+    largest, total = moved[through, 0], columns.eps[through].sum(axis=1)
+    must(
+        fits(2 * largest, moved[through, 1], exact=False) and fits(total, largest, exact=False),
+        "ledger.safetensors: displacement is larger than what the stages' eps allow",
+    )
+    must(stated["reserve"] == reserve >= 0, f"the certificate sets aside {stated['reserve']}, the recipe {reserve}")
+    margin, slack = columns.slack(0), columns.slack(-1)
+    own_verdict = np.where(slack > 0, np.where(slack > reserve * spread, 2, 1), 0)
+    wrong = np.flatnonzero(verdict != own_verdict)
+    must(
+        not wrong.size,
+        f"ledger.safetensors: {wrong.size} verdicts are not what the logits give, first for the sample "
+        f"{stated['ids'][wrong[0]] if wrong.size else ''}",
+    )
+    for value, kind in enumerate(("flipped", "kept", "certified")):
+        must_equal(stated["counts"][kind], int((own_verdict == value).sum()), f"the count of {kind} samples")
+    tests = {"pairwise": slack > 0, "span": margin > moved[:, 1], "two_inf": margin > 2 * moved[:, 0]}
+    for name, passed in tests.items():
+        must_equal(stated["tests"][name], int(passed.sum()), f"the count of samples that the test {name} certifies")
+    must_equal(stated["margin_median"], float(np.median(margin)), "margin_median")
     must_equal(stated["slack_median"], float(np.median(slack)), "slack_median")
 
 
-# ---------------------------------------------------------------------------------------------- decisions, statistics
+def _check_reference(stated: Mapping[str, Any], exact: Array, columns: Columns, asked: int) -> None:
+    """Check the ledger's first row: what float32 costs the dense network itself, against float64."""
+    g, most = len(exact), columns.kept.shape[1]
+    must(
+        stated["precision"] == "float64" and exact.dtype == np.float64 and exact.shape == (g, most + 1),
+        f"the reference is stated as {stated['precision']} and stored as {exact.dtype.name} of shape {exact.shape}",
+    )
+    must(
+        stated["samples"] == g == min(len(columns.labels), asked),
+        f"the reference is stated of {stated['samples']} samples, stored of {g}; the recipe asks for {asked}",
+    )
+    must(whole(exact).all(), "a float64 logit of the dense network is not finite")
+    dense, exact, rest = columns.logits[:g, 0, :-1], exact[:, :-1], exact[:, -1]
+    change = np.abs(dense - exact).max(axis=1)
+    # y is the float64 network's own label here, which a near tie may turn; where it is not kept nothing follows.
+    winner = exact.argmax(axis=1)[:, None]
+    best, other = np.take_along_axis(exact, winner, axis=1), np.arange(most) != winner
+    gained = dense - exact
+    lost = gained - np.take_along_axis(gained, winner, axis=1)
+    known = best[:, 0] >= rest
+    tied = (np.where(other, exact, rest[:, None]).max(axis=1) == best[:, 0]) | (rest == best[:, 0])
+    shares = np.where(other, lost / (best - exact), -np.inf).max(axis=1)[known]
+    own = {
+        "eps_inf_median": float(np.median(change)) if g else None,
+        "eps_inf_max": float(change.max()) if g else None,
+        "share_max": float(shares.max()) if shares.size and not tied.any() else None,
+    }
+    for key, value in own.items():
+        there = stated[key]
+        good = (
+            same(there, value)
+            if most == columns.classes or value is None
+            else (same(there, there) and there is not None and fits(np.array(there), np.array(value), exact=False))
+        )
+        must(good, f"the reference states {key} as {there}, the stored logits give {value}")
 
 
-def decide(logits: Array) -> Array:
-    """Return the label of each row, the lower index on a tie, -1 where a logit is not finite."""
-    label: Array = np.where(np.isfinite(logits).all(axis=1), np.nan_to_num(logits).argmax(axis=1), -1)
-    return label
+# -------------------------------------------------------------------------------------------------------------- binds
+
+
+def check_binds(bundle: Bundle) -> str:
+    """Binds: what was certified and measured is what lies here. Of a rebuilt engine or graph nothing is known."""
+    certificate, results, asked = bundle.json("certificate.json"), bundle.json("results.json"), _recipe(bundle)
+    stated, ids = certificate["binds"], certificate["ids"]
+    for stage in LEDGER:
+        own = _digest(bundle, f"weights/{stage}.safetensors")
+        must(stated["weights"][stage] == own, f"the certificate is of other {stage} weights than weights/{stage}")
+    own = _digest(bundle, "preprocessing.json")
+    must(stated["preprocessing"] == own, "the certificate is of another preprocessing than preprocessing.json")
+    own = hashlib.sha256("\n".join(ids).encode()).hexdigest()
+    must(stated["ids"] == own, "the certificate's digest of its ids is not that of its ids")
+    packages = bundle.json("provenance.json")["packages"]
+    must(stated["versions"] and stated["device"], "the certificate names no version, or no device")
+    other = _first(name for name, version in stated["versions"].items() if packages.get(name, version) != version)
+    must(not other, f"the certificate was made with another version of {other} than provenance.json names")
+    must(
+        (stated["precision"], stated["batch"]) == ("float32", asked["certify"]["batch"]),
+        f"the certificate is of {stated['precision']} at batch {stated['batch']}, not what the recipe asks for",
+    )
+    measured = results["binds"]
+    own = _digest(bundle, "certificate.json")
+    must(measured["certificate"] == own, "results.json was measured against another certificate than certificate.json")
+    files = {name for name in bundle.files if name.endswith(".onnx") and "/" not in name}
+    must(
+        measured["onnx"].keys() == files,
+        f"results.json was measured with other exports: {measured['onnx'].keys() ^ files}",
+    )
+    for name in sorted(files):
+        must(measured["onnx"][name] == _digest(bundle, name), f"{name} {REBUILT}")
+    folders = engine_folders(bundle)
+    must(measured["engines"].keys() == set(folders), f"results.json binds other engines than {', '.join(folders)}")
+    for folder in folders:
+        file = f"engines/{folder}/{bundle.json(f'engines/{folder}/engine.json')['file']}"
+        must(measured["engines"][folder] == _digest(bundle, file), f"{file} {REBUILT}")
+    what = f"weights, preprocessing, {len(ids)} ids, {len(files)} ONNX files and {len(folders)} engines"
+    return f"{what} are those that were certified and measured"
+
+
+REBUILT = (
+    "was rebuilt since it was measured: what was observed (L0) and what follows for other images (L5) don't transfer"
+)
+
+
+def _digest(bundle: Bundle, name: str) -> Any:
+    """Return a file's SHA-256, None where it is not there."""
+    return bundle.files.get(name, {}).get("sha256")
+
+
+# ------------------------------------------------------------------------------------------------- norms of what went
+
+
+def check_objective(bundle: Bundle) -> str:
+    """Objective: norms of what pruning took from each weight, from the weights; the spectral one is proved."""
+    stated = bundle.json("certificate.json")["objective"]
+    stage, rows = stated["stage"], {row["tensor"]: row for row in stated["changed"]}
+    must(stage in ("pruned", "tuned"), f"the objective is about the stage {stage}")
+    dense, own = reordered(bundle), bundle.tensors(f"weights/{stage}.safetensors")
+    changed = {
+        name
+        for name, array in dense.items()
+        if array.ndim > 1 and array.dtype.kind == "f" and not np.array_equal(array, own[name])
+    }
+    must(
+        rows.keys() == changed and len(rows) == len(stated["changed"]),
+        f"the objective is about other tensors than those that changed, {_first(rows.keys() ^ changed)} for one",
+    )
+    for name, row in rows.items():
+        rest = dense[name].astype(np.float64) - own[name]
+        rest = rest.reshape(len(rest), -1)
+        must_equal(row["frobenius"], math.sqrt(float(np.square(rest).sum())), f"{name}: frobenius")
+        must_equal(row["l1"], float(np.abs(rest).sum()), f"{name}: l1")
+        must(
+            spectral_at_most(rest, row["spectral_upper"]),
+            f"{name}: spectral_upper is stated as {row['spectral_upper']}, which is no upper bound",
+        )
+    return f"{len(rows)} changed tensors have the stated norms; each spectral bound is proved by a Cholesky factor"
+
+
+def spectral_at_most(matrix: Floats, bound: float) -> bool:
+    """Prove |R|_2 <= bound (1 + 1e-6), the room that every stated number has.
+
+    With s = bound (1 + 1e-6) it is enough that A = s^2 I - G with G = R R^T of the shorter side, p x p, is positive
+    semidefinite. Let u = 2^-53, g_k = k u / (1 - k u), and n the longer side. In floating point
+    - |fl(G) - G| <= g_n |R||R|^T in every entry, in whatever order terms are added, so its 2-norm is at most
+      g_n |R|_F^2 (Higham, "Accuracy and stability of numerical algorithms", 2002, sections 3.1 and 3.5);
+    - s^2 and the subtraction from the diagonal are off by at most 3 u (s^2 + |R|_F^2);
+    - where Cholesky's method runs to its end on a matrix B, B + E is positive semidefinite for an E with
+      |E|_2 <= g_{p+1} / (1 - g_{p+1}) tr(B) (Higham, theorem 10.3; Rump, "Verification of positive definiteness",
+      BIT 46, 2006), and tr(B) <= p s^2.
+    So the factor is asked of A minus twice the sum of the three; twice covers the rounding of the sum itself.
+    If it fails |R|_2 exceeds s by less than that sum allows, which is far below 1e-6 s: then `bound` is no bound.
+    """
+    if not (isinstance(bound, int | float) and math.isfinite(bound) and bound >= 0):
+        return False
+    p, n = sorted(matrix.shape)
+    square, total, u = (bound * (1 + 1e-6)) ** 2, float(np.square(matrix).sum()), 2.0**-53
+    slack = 2 * ((n + 2) * u * total + 3 * u * (square + total) + (p + 2) * u * p * square)
+    gram = matrix @ matrix.T if matrix.shape[0] == p else matrix.T @ matrix
+    try:
+        np.linalg.cholesky((square - slack) * np.eye(p) - gram)
+    except np.linalg.LinAlgError:
+        return False
+    return True
+
+
+def check_zero_budget(bundle: Bundle) -> str:
+    """Zero budget: no more inputs were removed than there are, and outputs moved by no more than rounding explains."""
+    stated = bundle.json("certificate.json")["zero_budget"]
+    dense = bundle.tensors("weights/dense.safetensors")
+    for name, row in stated.items():
+        inputs = math.prod(dense[f"{name}.weight"].shape[1:])
+        must(row["inputs"] == inputs, f"{name} has {inputs} inputs, zero_budget states {row['inputs']}")
+        removed = [row[kind] for kind in ("dead", "constant", "dependent")]
+        must(
+            min(removed) >= 0 and row["dependent"] <= inputs - row["rank"] and sum(removed) <= inputs,
+            f"{name}: {removed} inputs of {inputs} can't be removed at rank {row['rank']}",
+        )
+        must_equal(row["allowance"], 4 * 2.0**-23 * math.sqrt(inputs), f"{name}: allowance")
+        must(row["residual"] <= row["allowance"], f"{name}: removing inputs moved an output by more than rounding does")
+    every = sum(row["dead"] + row["constant"] + row["dependent"] for row in stated.values())
+    return f"{every} inputs of {len(stated)} layers were removed within rounding, as measured"
+
+
+# --------------------------------------------------------------------------------------------------------- statistics
 
 
 def clopper_pearson(k: int, n: int, confidence: float) -> tuple[float, float]:
@@ -1131,26 +1615,51 @@ def check_proportion(stated: Mapping[str, Any], k: int, n: int, confidence: floa
 # ------------------------------------------------------------------------------------------------------- the results
 
 
+VALIDATION = ["dense", "pruned", "tuned", "onnx"]
+
+
+def validation_columns(bundle: Bundle) -> Columns:
+    """Return the columns of samples.safetensors."""
+    classes = bundle.json("results.json")["validation"]["classes"]
+    return read_columns(bundle.tensors("samples.safetensors"), VALIDATION, classes, "samples.safetensors")
+
+
+def measured_rows(bundle: Bundle) -> list[Mapping[str, Any]]:
+    """Return the rows of results.json about engines that were run."""
+    return [row for row in bundle.json("results.json")["engines"] if row["status"] == "measured"]
+
+
+def engine_logits(bundle: Bundle, name: str, columns: Columns) -> Array:
+    """Return an engine's logits of the validation images, [n, T + 1]."""
+    own = bundle.tensors("samples.safetensors")[f"engine.{name}"]
+    n, most = columns.kept.shape
+    must(own.shape == (n, most + 1) and own.dtype.kind == "f", f"{name} has logits {own.shape} for {n} images")
+    return own
+
+
 def check_results(bundle: Bundle) -> str:
-    """Results: which engines, how many samples, and the networks' own top-1."""
+    """Results: which engines, how many samples, the networks' own top-1, and what pruning, tuning and export spent."""
     results, samples = bundle.json("results.json"), bundle.tensors("samples.safetensors")
-    labels = samples["labels"]
-    if len(labels) == 0:
+    n = len(samples["labels"])
+    if n == 0:
         raise Unchecked("no validation image was run")
-    logits = {stage: samples[stage] for stage in ("dense", "pruned", "tuned")}
-    _check_logits(logits, labels, "samples.safetensors")
-    stated = results["validation"]
-    must((stated["samples"], stated["classes"]) == logits["dense"].shape, "results.json states another n or K")
-    ids = bundle.json("calibration.json")["validation_ids"]
-    must(len(ids) == len(labels), f"{len(ids)} validation ids are named and {len(labels)} samples stored")
-    for stage in ("dense", "tuned"):
-        right = int((decide(logits[stage]) == labels).sum())
-        check_proportion(results[f"{stage}_top1"], right, len(labels), results["confidence"], f"top-1 of {stage}")
+    stated, asked, confidence = results["validation"], _recipe(bundle), results["confidence"]
+    wanted = asked["validate"]["confidence"]
+    must(confidence == wanted, f"results.json has the confidence {confidence}, the recipe asks for {wanted}")
+    columns, ids = validation_columns(bundle), bundle.json("calibration.json")["validation_ids"]
+    must(len(ids) == n, f"{len(ids)} validation ids are named and {n} samples stored")
+    must(stated["samples"] == n, f"results.json is about {stated['samples']} samples, stored are {n}")
     _check_engine_names(bundle, results, samples)
-    measured = sum(row["status"] == "measured" for row in results["engines"])
+    measured = [row["id"] for row in measured_rows(bundle)]
+    beside = [engine_logits(bundle, name, columns) for name in measured]
+    check_kept(columns, beside, asked["certify"]["keep"], "samples.safetensors")
+    check_changes(columns, "samples.safetensors")
+    for stage in ("dense", "tuned"):
+        right = int(columns.right(VALIDATION.index(stage)).sum())
+        check_proportion(results[f"{stage}_top1"], right, n, confidence, f"top-1 of {stage}")
     if not measured:
         raise Unchecked(f"none of the {len(results['engines'])} engines was run")
-    return f"{len(labels)} validation samples, {measured} of {len(results['engines'])} engines measured"
+    return f"{n} validation samples, {len(measured)} of {len(results['engines'])} engines measured"
 
 
 def _check_engine_names(bundle: Bundle, results: Mapping[str, Any], samples: Mapping[str, Array]) -> None:
@@ -1159,16 +1668,17 @@ def _check_engine_names(bundle: Bundle, results: Mapping[str, Any], samples: Map
     ids = [row["id"] for row in rows]
     asked = [f"{e['runtime']}-{e['target']}-{e['precision']}" for e in _recipe(bundle)["build"]["engines"]]
     must(sorted(ids) == sorted(asked), f"results.json is about {sorted(ids)}, the recipe asks for {sorted(asked)}")
-    expected = {"labels", "dense", "pruned", "tuned"}
+    expected = {"labels", "kept_classes", "logits", "eps", "share"}
     for row in rows:
-        must(row["status"] in ("measured", "not run"), f"{row['id']} has the status {row['status']!r}")
-        must(
-            row["status"] == "measured" or row["why_not"], f"{row['id']} was not run and results.json does not say why"
-        )
+        name = row["id"]
+        must(row["status"] in ("measured", "not run"), f"{name} has the status {row['status']!r}")
+        must(row["status"] == "measured" or row["why_not"], f"{name} was not run and results.json does not say why")
         if row["status"] == "measured":
-            expected |= {f"engine.{row['id']}", f"certification.{row['id']}"}
+            expected |= {f"engine.{name}", f"engine.{name}.eps", f"engine.{name}.share", f"certification.{name}"}
             if row["latency"] is not None:
-                expected |= {f"latency.{row['id']}", f"latency.{row['latency']['twin']}"}
+                expected |= {f"latency.{name}", f"latency.{row['latency']['twin']}"}
+            if row.get("noise_floor"):
+                expected |= {f"engine.{name}.sigma", f"engine.{name}.error"}
     must(
         samples.keys() == expected,
         f"samples.safetensors: {_first(samples.keys() ^ expected)} is missing or unexplained",
@@ -1181,26 +1691,28 @@ def _recipe(bundle: Bundle) -> Mapping[str, Any]:
 
 
 def check_engine(bundle: Bundle, row: Mapping[str, Any]) -> str:
-    """Engine: its labels against the true ones, the dense network's and the certificate's."""
+    """Engine: its labels against the true ones, the dense network's and the certificate's; what it spent of margins."""
     samples, confidence = bundle.tensors("samples.safetensors"), bundle.json("results.json")["confidence"]
-    labels, dense, own = samples["labels"], samples["dense"], samples[f"engine.{row['id']}"]
-    must(own.shape == dense.shape, f"{row['id']} has logits {own.shape}, the dense network {dense.shape}")
-    n, reference = len(labels), dense.argmax(axis=1)
-    right, own_right = reference == labels, decide(own) == labels
+    columns, name = validation_columns(bundle), row["id"]
+    own = engine_logits(bundle, name, columns)
+    eps, share = (samples[f"engine.{name}.{column}"] for column in ("eps", "share"))
+    n = len(columns.labels)
+    must(eps.shape == share.shape == (n,), f"{name} has eps of shape {eps.shape} and share of shape {share.shape}")
+    columns = columns.with_stage("engine", own, eps, share)
+    check_changes(columns, f"samples.safetensors, {name}")
+    right, own_right, slack = columns.right(0), columns.right(-1), columns.slack(-1)
     check_proportion(row["top1"], int(own_right.sum()), n, confidence, "top1")
-    agree = int(keeps(*pair_margins(own, reference)).sum())
+    agree = int((slack > 0).sum())
     check_proportion(row["agreement"], agree, n, confidence, "agreement")
     b, c = int((right & ~own_right).sum()), int((~right & own_right).sum())
     flips = {"dense_right_engine_wrong": b, "dense_wrong_engine_right": c, "mcnemar_p": mcnemar(b, c)}
     for key, value in flips.items():
         must_equal(row["flips"][key], value, f"flips: {key}")
-    finite = _check_certified(bundle, row) and bool(np.isfinite(own).all())
+    finite = _check_certified(bundle, row) and bool(np.isfinite(slack).all())
     must(row["finite"] is finite, f"finite is stated as {row['finite']}, the stored logits say {finite}")
+    must(finite or not row["spent"], "spent is stated for logits that are not finite")
     if finite:
-        stages = {"dense": dense, "pruned": samples["pruned"], "tuned": samples["tuned"], "engine": own}
-        check_spent(row["spent"], stages, "spent")
-    else:
-        must(not row["spent"], "spent is stated for logits that are not finite")
+        check_spent(row["spent"], columns, "spent")
     return f"{n} labels: {int(own_right.sum())} right, {agree} as the dense network's; the rest re-derived too"
 
 
@@ -1208,16 +1720,112 @@ def _check_certified(bundle: Bundle, row: Mapping[str, Any]) -> bool:
     """Check the labels that the ledger certified or kept and the engine lost; return whether all is finite."""
     ledger, ids = bundle.tensors("ledger.safetensors"), bundle.json("certificate.json")["ids"]
     own = bundle.tensors("samples.safetensors")[f"certification.{row['id']}"]
-    must(own.shape == ledger["dense"].shape, f"certification.{row['id']} has shape {own.shape}")
-    lost = ~keeps(*pair_margins(own, ledger["dense"].argmax(axis=1)))
-    certified, kept = ledger["verdict"] == 2, ledger["verdict"] == 1
+    n, most = ledger["kept_classes"].shape
+    must(own.shape == (n, most + 1), f"certification.{row['id']} has shape {own.shape} for {n} certification images")
+    slack = slack_of(own)
+    lost, certified, kept = ~(slack > 0), ledger["verdict"] == 2, ledger["verdict"] == 1
     broken = [ids[i] for i in np.flatnonzero(lost & certified)]
     stated = row["certified"]
     must_equal(stated["n"], int(certified.sum()), "the count of certified samples")
     must_equal(stated["violations"], len(broken), "the count of violations, certified labels that the engine lost,")
     must(stated["violating_ids"] == broken, f"violating_ids are stated as {stated['violating_ids']}, they are {broken}")
     must_equal(stated["kept_broken"], int((lost & kept).sum()), "kept_broken")
-    return bool(np.isfinite(own).all())
+    return bool(np.isfinite(slack).all())
+
+
+# ------------------------------------------------------------------------------------- images that were not run (L5)
+
+MOST_TESTS = 1000
+
+
+def check_disagreement(bundle: Bundle) -> str:
+    """Disagreement: how often an engine may give another label than the dense network, on images that were not run.
+
+    With k of n validation images disagreeing, the one-sided Clopper-Pearson bound at (1 - confidence) / candidates
+    covers the chance of it for images drawn alike, for all candidates that were looked at on these images at once.
+    """
+    check_ids(bundle)
+    stated, results = bundle.json("disagreement.json"), bundle.json("results.json")
+    rows, confidence, candidates = measured_rows(bundle), stated["confidence"], stated["candidates"]
+    must(stated["schema"] == 1, f"disagreement.json is of schema {stated['schema']}, this checker reads 1")
+    must(
+        confidence == results["confidence"] and 0.5 < confidence < 1,
+        f"disagreement.json has the confidence {confidence}, results.json {results['confidence']}",
+    )
+    must(
+        type(candidates) is int and candidates >= max(1, len(rows)),
+        f"{candidates} candidates are stated, {len(rows)} engines were run on these images",
+    )
+    names = {row["id"] for row in rows}
+    must(stated["engines"].keys() == names, f"disagreement.json is about {_first(stated['engines'].keys() ^ names)}")
+    columns, tail = validation_columns(bundle), (1 - confidence) / candidates
+    n = len(columns.labels)
+    for name, own in stated["engines"].items():
+        k = n - int((slack_of(engine_logits(bundle, name, columns)) > 0).sum())
+        for key, value in (("k", k), ("n", n), ("upper", _upper(k, n, tail))):
+            must_equal(own[key], value, f"disagreement of {name}: {key}")
+        if own["clusters"] is not None:
+            raise Unchecked(f"{name} counts clusters of images, which this checker can't tell")
+    rule = stated["rule"]
+    note = "no rule" if rule is None else _check_rule(bundle, rule, columns, tail)
+    return f"{len(names)} engines' bounds at confidence {confidence} for {candidates} candidates; {note}"
+
+
+def _check_rule(bundle: Bundle, rule: Mapping[str, Any], columns: Columns, tail: float) -> str:
+    """Check the margin below which the released engine abstains, found by fixed-sequence testing.
+
+    H_tau: P(another label and margin > tau) > alpha. From the largest tau downwards each is rejected as long as
+    P(Binomial(n, alpha) <= errors) <= tail; the smallest tau of that run holds with the same confidence.
+    Source: Angelopoulos, Bates, Candes, Jordan, Lei, "Learn then test", Annals of Applied Statistics, 2025.
+    """
+    name, alpha, tested, n = rule["engine"], rule["alpha"], rule["tested"], len(columns.labels)
+    must(0 < alpha < 1, f"the rule allows the share {alpha}")
+    must(0 < len(tested) <= MOST_TESTS, f"{len(tested)} margins were tested")
+    must(name in {row["id"] for row in measured_rows(bundle)}, f"the rule is about {name}, which was not run")
+    own = engine_logits(bundle, name, columns).astype(np.float64)
+    ranked = np.sort(own, axis=1)
+    margin = np.where(whole(own), ranked[:, -1] - ranked[:, -2], np.nan)
+    other = ~(slack_of(own) > 0)
+    taus = [row["tau"] for row in tested]
+    must(all(a > b for a, b in pairwise(taus)), "the margins tested do not fall")
+    found, running = None, True
+    for row in tested:
+        errors = int((other & (margin > row["tau"])).sum())
+        p = _cdf(_log_choose(errors, n), n, alpha)
+        for key, value in (("errors", errors), ("n", n), ("p", p)):
+            must_equal(row[key], value, f"the margin {row['tau']}: {key}")
+        running = running and p <= tail
+        found = row["tau"] if running else found
+    must(rule["tau"] == found, f"the rule's margin is stated as {rule['tau']}, the tests give {found}")
+    must_equal(rule["abstains"], n if found is None else int((~(margin > found)).sum()), "abstains")
+    return f"of {name}, {rule['abstains']} of {n} images are left undecided below the margin {found}"
+
+
+# ------------------------------------------------------------------------------------------------------- noise floor
+
+
+def check_noise(bundle: Bundle, row: Mapping[str, Any]) -> str:
+    """Noise: the engine's measured error over what its arithmetic predicts, from the stored pairs."""
+    stated, samples, name = row["noise_floor"], bundle.tensors("samples.safetensors"), row["id"]
+    sigma, error = (samples[f"engine.{name}.{column}"].astype(np.float64) for column in ("sigma", "error"))
+    must(
+        sigma.ndim == 1 and sigma.shape == error.shape and 0 < len(sigma) <= len(samples["labels"]),
+        f"{name} has sigma of shape {sigma.shape} and error of shape {error.shape}",
+    )
+    must((np.isfinite(sigma) & (sigma > 0)).all(), f"{name} has a predicted error that is no positive number")
+    must(np.isfinite(error).all(), f"{name} has a measured error that is not finite")
+    ratio = np.abs(error) / sigma
+    rms, largest = float(np.sqrt(np.mean(ratio**2))), float(ratio.max())
+    own = {"sigma_median": float(np.median(sigma)), "ratio_rms": rms, "ratio_max": largest, "pairs": len(sigma)}
+    for key, value in own.items():
+        must_equal(stated[key], value, f"noise floor: {key}")
+    must(stated["threshold"] > 0 and 0 < stated["delta"] < 1, "the noise floor has no threshold, or none with a chance")
+    within = largest <= stated["threshold"] and rms <= 1.5
+    must(
+        (stated["verdict"] == "within") is within,
+        f"the noise floor is stated as {stated['verdict']}, largest ratio {largest:.3g}, rms {rms:.3g}",
+    )
+    return f"{len(sigma)} pairs: measured over predicted error {rms:.3g} rms, at most {largest:.3g}"
 
 
 # ---------------------------------------------------------------------------------------------------------- latency
@@ -1298,9 +1906,14 @@ STORED = {"fp32": {"float32"}, "fp16": {"float16"}, "int8": {"int8", "uint8"}}
 SETTING = ("runtime", "target", "precision", "batch", "threads")
 
 
+def engine_folders(bundle: Bundle) -> list[str]:
+    """Return the names of the engines' folders, dense twins included."""
+    return sorted({name.split("/")[1] for name in bundle.files if name.startswith("engines/")})
+
+
 def check_engines(bundle: Bundle) -> str:
     """Engines: each file is the one its manifest describes, as asked, with a dense twin built the same way."""
-    folders = sorted({name.split("/")[1] for name in bundle.files if name.startswith("engines/")})
+    folders = engine_folders(bundle)
     if not folders:
         raise Unchecked("there is no engine")
     rows = {row["id"] for row in bundle.json("results.json")["engines"]}
@@ -1333,6 +1946,13 @@ def _check_manifest(bundle: Bundle, folder: str) -> None:
         own["asked"]["precision"] == own["precision"],
         f"{folder} was asked for {own['asked']['precision']} and is {own['precision']}",
     )
+    exported = ("dense" if twin else "model") + (".fp16.onnx" if own["precision"] == "fp16" else ".onnx")
+    source = own["source"]
+    must(source["file"] == exported, f"{folder} was built from {source['file']}, not from {exported}")
+    must(source["onnx"] == _digest(bundle, exported), f"{folder} was built from another {exported} than the bundle's")
+    if own["precision"] == "int8":
+        quantised = f"engines/{folder}/quantised.onnx"
+        must(source["quantised"] == _digest(bundle, quantised) is not None, f"{folder} was not built from {quantised}")
     if file.endswith(".onnx"):
         _check_stored_precision(bundle.graph(file), own["precision"], file)
 
@@ -1457,21 +2077,61 @@ def check_verdict(bundle: Bundle) -> str:
     return f"{len(judged)} gates have the recipe's limits; together they are {own}, as verdict.json says"
 
 
+DEFAULTS: dict[tuple[str, str], Any] = {
+    ("prune", "skip"): [],
+    ("prune", "keep_stem_dense"): True,
+    ("prune", "keep_head_dense"): True,
+    ("prune", "reconstruct"): 0,
+    ("certify", "reserve"): 0.01,
+    ("certify", "keep"): 16,
+    ("certify", "reference"): 8,
+    ("validate", "blocks"): 20,
+    ("validate", "confidence"): 0.95,
+}
+"""What the recipe asks where its author wrote nothing, of the keys that this checker goes by."""
+
+
 def check_policy(bundle: Bundle) -> str:
-    """Policy: the gates are those of the user's recipe.toml; an override has to be on record."""
+    """Policy: the locked recipe is the user's recipe.toml; an override has to be on record."""
     if "recipe.toml" not in bundle.files:
-        raise Unchecked("there is no recipe.toml to hold the gates against")
-    written = tomllib.loads(bytes(map_file(bundle.root / "recipe.toml")).decode("utf-8")).get("gates", {})
+        raise Unchecked("there is no recipe.toml to hold the locked recipe against")
+    written = tomllib.loads(bytes(map_file(bundle.root / "recipe.toml")).decode("utf-8"))
     locked = _recipe(bundle)
-    overrides = [item.removeprefix("gates.") for item in locked["sets"] if item.startswith("gates.")]
-    asked = written | {
-        name: tomllib.loads(f"v = {value}")["v"] for name, _, value in (o.partition("=") for o in overrides)
-    }
-    for name in sorted(asked.keys() | {name for name, limit in locked["gates"].items() if limit is not None}):
-        own = locked["gates"].get(name)
-        must(own == asked.get(name), f"the gate {name} is {asked.get(name)} in recipe.toml, {own} in recipe.lock.json")
-    note = f"; overridden when it was run: {', '.join(overrides)}" if overrides else ""
-    return f"the {len(asked)} gates are those of recipe.toml{note}"
+    for item in locked["sets"]:
+        _override(written, item)
+    gates = written.get("gates", {})
+    for (table, key), default in DEFAULTS.items():
+        written.setdefault(table, {}).setdefault(key, default)
+    written["gates"] = {name: gates.get(name) for name in locked["gates"]} | gates
+    for where, asked, own in _differences(written, locked, ""):
+        must(False, f"{where} is {asked} in recipe.toml, {own} in recipe.lock.json")
+    note = f"; overridden when it was run: {', '.join(locked['sets'])}" if locked["sets"] else ""
+    return f"every key of recipe.toml is what the locked recipe has, {len(gates)} gates among them{note}"
+
+
+def _override(tree: dict[str, Any], item: str) -> None:
+    """Apply one recorded "table.key=value"; a value that is no TOML is a bare word."""
+    dotted, _, text = item.partition("=")
+    try:
+        value = tomllib.loads(f"v = {text}")["v"]
+    except tomllib.TOMLDecodeError:
+        value = text
+    *tables, key = dotted.split(".")
+    for table in tables:
+        tree = tree.setdefault(table, {})
+    tree[key] = value
+
+
+def _differences(asked: Any, locked: Any, where: str) -> Iterator[tuple[str, Any, Any]]:
+    """Yield where the locked recipe has something else than was asked; it may have more, by default."""
+    if isinstance(asked, dict) and isinstance(locked, dict):
+        for key, value in asked.items():
+            yield from _differences(value, locked.get(key), f"{where}.{key}".lstrip("."))
+    elif isinstance(asked, list) and isinstance(locked, list) and len(asked) == len(locked):
+        for at, (value, own) in enumerate(zip(asked, locked, strict=True)):
+            yield from _differences(value, own, f"{where}[{at}]")
+    elif asked != locked or isinstance(asked, bool) != isinstance(locked, bool):
+        yield where, asked, locked
 
 
 # ------------------------------------------------------------------------------------------------------ all together
@@ -1486,7 +2146,7 @@ def answer(claim: str, check: Callable[..., str], *arguments: Any) -> Finding:
         return Finding(claim, Verdict.UNCHECKED, f"{unknown}.")
     except (Refuted, Unreadable) as lie:
         return Finding(claim, Verdict.REFUTED, f"{lie}.")
-    except (LookupError, TypeError, ValueError, ArithmeticError, AttributeError, OSError) as error:
+    except (LookupError, TypeError, ValueError, ArithmeticError, AttributeError, OSError, RecursionError) as error:
         kind = type(error).__name__
         return Finding(claim, Verdict.REFUTED, f"a field is missing or of the wrong kind ({kind}: {error}).")
 
@@ -1540,18 +2200,27 @@ def verify(bundle: Path, expect: str | None = None) -> list[Finding]:
     opened = Bundle(bundle, manifest["files"])
     for claim, check in (
         ("formats", check_formats),
+        ("policy", check_policy),
+        ("orders", check_orders),
+        ("layers", check_layers),
         ("weights", check_weights),
         ("sidecar", check_sidecar),
         ("ids", check_ids),
+        ("binds", check_binds),
         ("ledger", check_ledger),
         ("results", check_results),
         ("engines", check_engines),
-        ("policy", check_policy),
         ("verdict", check_verdict),
     ):
         findings.append(answer(claim, check, opened))
-    if _is_mixed(opened):
-        findings.append(answer("allocation", check_allocation, opened))
+    for claim, check in (
+        ("allocation", check_allocation),
+        ("objective", check_objective),
+        ("zero_budget", check_zero_budget),
+        ("disagreement", check_disagreement),
+    ):
+        if _is_claimed(opened, claim):
+            findings.append(answer(claim, check, opened))
     for name in GRAPHS:
         if name in opened.files:
             findings.append(answer(f"graph:{name}", check_graph, opened, name))
@@ -1559,11 +2228,15 @@ def verify(bundle: Path, expect: str | None = None) -> list[Finding]:
     return findings + _findings_per_engine(opened) + _findings_per_gate(opened)
 
 
-def _is_mixed(bundle: Bundle) -> bool:
-    """Tell whether the recipe asked for mixed patterns; what makes it unreadable is said by `policy`."""
+def _is_claimed(bundle: Bundle, claim: str) -> bool:
+    """Tell whether a bundle makes one of the claims that not every bundle makes; `formats` names what can't be read."""
     try:
-        return bool(_recipe(bundle)["prune"]["pattern"] == "mixed")
-    except (Unchecked, Unreadable, LookupError, TypeError):
+        if claim == "allocation":
+            return bool(_recipe(bundle)["prune"]["pattern"] == "mixed")
+        if claim == "disagreement":
+            return "disagreement.json" in bundle.files
+        return bool(bundle.json("certificate.json").get(claim))
+    except (Unchecked, Unreadable, LookupError, TypeError, AttributeError):
         return False
 
 
@@ -1572,10 +2245,12 @@ def _findings_per_engine(bundle: Bundle) -> list[Finding]:
     try:
         rows = [row for row in bundle.json("results.json")["engines"] if row["status"] == "measured"]
         findings = [answer(f"engine:{row['id']}", check_engine, bundle, row) for row in rows]
-        timed = [row for row in rows if row.get("latency") is not None]
-        return findings + [answer(f"latency:{row['id']}", check_latency, bundle, row) for row in timed]
+        for kind, field_, check in (("latency", "latency", check_latency), ("noise", "noise_floor", check_noise)):
+            claimed = [row for row in rows if row.get(field_) is not None]
+            findings += [answer(f"{kind}:{row['id']}", check, bundle, row) for row in claimed]
     except (Unchecked, Unreadable, LookupError, TypeError, AttributeError):
         return []
+    return findings
 
 
 def _findings_per_gate(bundle: Bundle) -> list[Finding]:

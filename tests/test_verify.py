@@ -13,9 +13,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from forgeries.bundle import CPU, GATES, Draft, make_draft, reseal
+from forgeries.bundle import CLASSES, CPU, GATES, Draft, annotate, embedded, in_order, make_draft, make_onnx, reseal
 from forgeries.lies import LIES
-from forgeries.registry import fail_a_gate, latency, samples, weights
+from forgeries.networks import anywhere, mixed
+from forgeries.registry import certificate, fail_a_gate, findings_of, latency, samples, weights
 from forgeries.release import rehashed_chain
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -36,8 +37,8 @@ def base() -> Draft:
 
 
 @pytest.fixture
-def draft(base: Draft) -> Draft:
-    return copy.deepcopy(base)
+def draft() -> Draft:
+    return make_draft()
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -68,14 +69,170 @@ def show(findings):
 # ------------------------------------------------------------------------------------------------------------- honest
 
 
+@pytest.mark.parametrize("keep", [2, 4, 11, 12, 16])
 @pytest.mark.parametrize("seed", [0, 1, 2])
-def test_an_honest_bundle_holds(seed, tmp_path):
-    findings = verify_draft(make_draft(seed), tmp_path)
+def test_an_honest_bundle_holds(seed, keep, tmp_path):
+    findings = verify_draft(make_draft(seed, keep), tmp_path)
     assert overall(findings) is HOLDS, show(findings)
-    assert {"files", "ledger", f"engine:{CPU}", f"latency:{CPU}", "gate:min_speedup"} <= {f.claim for f in findings}
+    claims = {f.claim for f in findings}
+    assert {"files", "ledger", f"engine:{CPU}", f"latency:{CPU}", "gate:min_speedup"} <= claims
+    assert {"objective", "zero_budget", "disagreement", f"noise:{CPU}"} <= claims
+
+
+def test_what_is_not_claimed_is_not_missed(draft, tmp_path):
+    del certificate(draft)["objective"], certificate(draft)["zero_budget"], draft.json["disagreement.json"]
+    del draft.engine()["noise_floor"], samples(draft)[f"engine.{CPU}.sigma"], samples(draft)[f"engine.{CPU}.error"]
+    draft.rebind()
+    findings = verify_draft(draft, tmp_path)
+    assert overall(findings) is HOLDS, show(findings)
+    assert not {"objective", "zero_budget", "disagreement", f"noise:{CPU}"} & {f.claim for f in findings}
+
+
+def test_a_ledger_without_a_reference_or_a_rule_holds(draft, tmp_path):
+    draft.ask("certify", reference=0)
+    draft.rederive()
+    draft.json["disagreement.json"]["rule"] = None
+    findings = verify_draft(draft, tmp_path)
+    assert overall(findings) is HOLDS, show(findings)
+    assert "no rule" in said(findings, "disagreement")[0].reason
+
+
+def test_a_rule_that_never_lets_an_engine_decide_holds(draft, tmp_path):
+    draft.full["samples"][f"engine.{CPU}"][:30] *= -4
+    draft.rederive()
+    assert draft.json["disagreement.json"]["rule"]["tau"] is None
+    assert said(verify_draft(draft, tmp_path), "disagreement")[0].verdict is HOLDS
+
+
+@pytest.mark.parametrize("keep", [4, 16])
+def test_nan_in_a_stage_is_told_from_a_lie(keep, tmp_path):
+    draft = make_draft(keep=keep)
+    draft.full["ledger"]["pruned"][0] = np.nan
+    draft.full["ledger"]["tuned"][1, 3] = np.inf
+    draft.full["ledger"]["tuned"][2, 5] = -np.inf
+    draft.full["samples"]["onnx"][3] = np.nan
+    draft.rederive()
+    findings = verify_draft(draft, tmp_path)
+    assert overall(findings) is HOLDS, show(findings)
+    assert certificate(draft)["spent"][0]["eps_inf_max"] is None
+    assert certificate(draft)["counts"]["flipped"] >= 2
+
+
+def test_a_reference_that_ties_has_no_share(draft, tmp_path):
+    draft.full["ledger"]["exact"][0] = [5.0, 5.0, *[0.0] * (CLASSES - 2)]
+    draft.full["ledger"]["dense"][0] = [5.0, 4.5, *[0.0] * (CLASSES - 2)]
+    draft.rederive()
+    assert certificate(draft)["reference"]["share_max"] is None
+    assert said(verify_draft(draft, tmp_path), "ledger")[0].verdict is HOLDS
+
+
+def test_a_permutation_in_the_manifest_is_undone(draft, tmp_path):
+    """Within groups of four, so that the pattern stays."""
+    order = [1, 0, 3, 2, 4, 5, 7, 6]
+    for file, kind in (("model.onnx", np.float32), ("model.fp16.onnx", np.float16)):
+        draft.set_constant("val_0", weights(draft, "tuned")["fc.weight"][:, order].T.astype(kind), file)
+        draft.restate(lambda m: m["weights"][1].update(permutation=order), file)
+    draft.onnx[f"engines/{CPU}/model.onnx"] = draft.onnx["model.onnx"]
+    draft.rebind()
+    findings = verify_draft(draft, tmp_path)
+    assert overall(findings) is HOLDS, show(findings)
+
+
+def test_mixed_and_unstructured_recipes_hold(draft, tmp_path):
+    mixed(draft)
+    findings = verify_draft(draft, tmp_path)
+    assert overall(findings) is HOLDS, show(findings)
+    assert said(findings, "allocation")[0].verdict is HOLDS
+    draft = make_draft()
+    anywhere(draft, 0.5)
+    draft.rebind()
+    findings = verify_draft(draft, tmp_path / "anywhere")
+    assert overall(findings) is HOLDS, show(findings)
+    assert "stated zeros, which lie anywhere" in said(findings, "weights")[0].reason
+
+
+def dense_for(draft, name, **row):
+    """Leave a pruned layer dense, in layers, weights and graphs, as an honest producer would."""
+    dense = in_order(weights(draft, "dense"))
+    for stage in ("pruned", "tuned"):
+        for part in ("weight", "bias"):
+            if f"{name}.{part}" in dense:
+                weights(draft, stage)[f"{name}.{part}"] = dense[f"{name}.{part}"].copy()
+    draft.json["layers.json"] = [
+        {**layer, "pattern": "", "reason": "for a reason", "density": None, **row} if layer["name"] == name else layer
+        for layer in draft.json["layers.json"]
+    ]
+    for file, kind in (("model.onnx", np.float32), ("model.fp16.onnx", np.float16)):
+        draft.onnx[file] = make_onnx(weights(draft, "tuned"), kind)
+        annotate(draft.onnx[file])
+        at = next(i for i, entry in enumerate(embedded(draft.onnx[file])["weights"]) if entry["layer"] == name)
+        draft.restate(lambda m, at=at: m["dense"].append({**m["weights"].pop(at), "reason": "for a reason"}), file)
+    draft.rederive()
+
+
+def skipped(draft):
+    draft.ask("prune", skip=["f*"])
+
+
+def in_groups(draft):
+    """A convolution in groups has no input channels to choose from; for a Gemm the attribute means nothing."""
+    for file in draft.onnx:
+        node = next(node for node in draft.onnx[file].graph.node if node.name == "node_fc_product")
+        node.attribute.append(helper.make_attribute("group", 2))
+
+
+@pytest.mark.parametrize("excuse", [skipped, in_groups])
+def test_a_layer_may_stay_dense_for_a_reason_that_can_be_seen(excuse, draft, tmp_path):
+    dense_for(draft, "fc")
+    excuse(draft)
+    draft.rederive()
+    finding = said(verify_draft(draft, tmp_path), "layers")[0]
+    assert finding.verdict is HOLDS, finding
+    assert "1 of 4 layers" in finding.reason
+
+
+def test_a_weight_that_two_layers_share_may_stay_dense(draft, tmp_path):
+    dense_for(draft, "fc")
+    for stage in ("dense", "pruned", "tuned"):
+        weights(draft, stage)["other.weight"] = weights(draft, stage)["fc.weight"].copy()
+    finding = said(verify_draft(draft, tmp_path), "layers")[0]
+    assert finding.verdict is REFUTED, "the copy is not in the order of channels that fc has"
+    order = next(row for row in draft.json["orders.json"]["folded"] if row["coupling"]["name"] == "mix -> fc")
+    order["coupling"]["consumers"].append({"tensor": "other.weight", "axis": 1, "start": 0})
+    draft.rebind()
+    finding = said(verify_draft(draft, tmp_path / "again"), "layers")[0]
+    assert finding.verdict is UNCHECKED and "multiplies by other.weight" in finding.reason, finding
+
+
+def test_a_layer_without_a_stored_weight_may_stay_dense(draft, tmp_path):
+    row = {**draft.json["layers.json"][3], "name": "computed", "positions": 1}
+    draft.json["layers.json"].insert(3, row)
+    finding = said(verify_draft(draft, tmp_path), "layers")[0]
+    assert finding.verdict is HOLDS, finding
+
+
+def test_reconstruction_may_change_what_lies_in_a_block(draft, tmp_path):
+    weights(draft, "pruned")["norm.bias"][0] += 1
+    weights(draft, "pruned")["head.weight"][0] += 1
+    draft.ask("prune", reconstruct=10)
+    draft.rebind()
+    assert said(verify_draft(draft, tmp_path), "layers")[0].verdict is HOLDS
+
+
+def test_nothing_tuned_is_the_pruned_network(draft, tmp_path):
+    draft.ask("tune", epochs=0)
+    draft.tensors["weights/tuned.safetensors"] = copy.deepcopy(weights(draft, "pruned"))
+    for file, kind in (("model.onnx", np.float32), ("model.fp16.onnx", np.float16)):
+        draft.onnx[file] = make_onnx(weights(draft, "tuned"), kind)
+        annotate(draft.onnx[file])
+    draft.json["sparsity.json"] = annotate(draft.onnx["model.onnx"])
+    draft.rederive()
+    findings = verify_draft(draft, tmp_path)
+    assert overall(findings) is HOLDS, show(findings)
 
 
 def verify_draft(draft, root, expect=None):
+    root.mkdir(exist_ok=True)
     draft.write(root / "bundle")
     return verify(root / "bundle", expect)
 
@@ -84,29 +241,30 @@ def test_the_reasons_say_what_was_compared(draft, tmp_path):
     findings = {finding.claim: finding.reason for finding in verify_draft(draft, tmp_path)}
     assert findings["weights"].startswith("2 layers hold their pattern")
     assert "4 weights, 1 of them with a BatchNorm folded in" in findings["export:model.onnx"]
-    assert "40 samples: 38 certified" in findings["ledger"]
+    assert "40 samples: 36 certified" in findings["ledger"]
     assert all(reason.endswith(".") and len(reason) > 20 for reason in findings.values())
 
 
-def test_a_half_precision_export_alone_is_enough(draft, tmp_path):
+def test_a_half_precision_export_alone_is_enough_for_the_graphs(draft, tmp_path):
     for name in ("model.onnx", "dense.onnx"):
         del draft.onnx[name]
-    draft.json["sparsity.json"] = json.loads(draft.onnx["model.fp16.onnx"].metadata_props[0].value)
+    draft.json["sparsity.json"] = embedded(draft.onnx["model.fp16.onnx"])
+    draft.rebind()
     findings = verify_draft(draft, tmp_path)
-    assert overall(findings) is HOLDS, show(findings)
+    assert {f.claim for f in findings if f.verdict is not HOLDS} == {"engines"}, show(findings)
+    assert "built from another model.onnx" in said(findings, "engines")[0].reason
 
 
 def test_an_override_on_record_is_named(draft, tmp_path):
-    draft.json["recipe.lock.json"]["gates"]["min_agreement"] = 0.25
-    draft.json["recipe.lock.json"]["sets"] = ["gates.min_agreement=0.25", "tune.epochs=0"]
+    draft.ask("gates", min_agreement=0.25)
     draft.rederive()
     findings = verify_draft(draft, tmp_path)
     assert overall(findings) is HOLDS, show(findings)
-    assert "overridden when it was run: min_agreement=0.25" in said(findings, "policy")[0].reason
+    assert "overridden when it was run: gates.min_agreement=0.25" in said(findings, "policy")[0].reason
 
 
 def test_an_engine_with_nan_is_told_from_a_lie(draft, tmp_path):
-    samples(draft)[f"engine.{CPU}"][0] = np.nan
+    draft.full["samples"][f"engine.{CPU}"][0] = np.nan
     draft.rederive()
     findings = verify_draft(draft, tmp_path)
     assert said(findings, f"engine:{CPU}")[0].verdict is HOLDS
@@ -116,15 +274,15 @@ def test_an_engine_with_nan_is_told_from_a_lie(draft, tmp_path):
 
 
 def test_a_tie_in_the_dense_logits_has_no_share(draft, tmp_path):
-    for arrays in (samples(draft), draft.tensors["ledger.safetensors"]):
-        arrays["dense"][0] = [1, 1, 0, 0, 0]
+    for arrays in draft.full.values():
+        arrays["dense"][0] = [1, 1, *[0] * (CLASSES - 2)]
     draft.rederive()
     findings = verify_draft(draft, tmp_path)
     assert [f.verdict for f in findings if f.claim in ("ledger", f"engine:{CPU}")] == [HOLDS, HOLDS], show(findings)
 
 
 def test_nothing_but_ties_has_no_share_at_all(draft, tmp_path):
-    draft.tensors["ledger.safetensors"]["dense"][:] = 1.0
+    draft.full["ledger"]["dense"][:] = 1.0
     draft.rederive()
     assert draft.json["certificate.json"]["spent"][0]["share_median"] is None
     assert said(verify_draft(draft, tmp_path), "ledger")[0].verdict is HOLDS
@@ -145,14 +303,13 @@ def test_a_cut_up_projection_is_found_in_the_stored_one(draft, tmp_path):
     """A fused query-key-value weight is exported in parts, under no torch name."""
     for stage in ("dense", "pruned", "tuned"):
         state = weights(draft, stage)
-        state["qkv.in_proj_weight"] = np.concatenate([state["head.weight"] + 1, state["head.weight"]])
+        state["qkv.in_proj_weight"] = np.concatenate([state["head.weight"] + 1, state.pop("head.weight")])
         state["flat"] = np.zeros(16, np.float32)
-    draft.restate(lambda m: m["dense"][1].update(layer="", reason="not in the table of layers"))
-    for stage in ("dense", "pruned", "tuned"):
-        del weights(draft, stage)["head.weight"]
+    draft.json["layers.json"].pop()
     for file in ("model.onnx", "model.fp16.onnx"):
         draft.restate(lambda m: m["dense"][1].update(layer="", reason="not in the table of layers"), file)
-    draft.rebind()
+    draft.onnx[f"engines/{CPU}/model.onnx"] = draft.onnx["model.onnx"]
+    draft.rederive()
     findings = verify_draft(draft, tmp_path)
     assert overall(findings) is HOLDS, show(findings)
 
@@ -161,15 +318,9 @@ def test_a_cut_up_projection_is_found_in_the_stored_one(draft, tmp_path):
 
 
 @pytest.mark.parametrize("lie", LIES, ids=lambda lie: lie.name)
-def test_every_lie_is_refused_for_the_right_reason(lie, draft, tmp_path):
-    root = tmp_path / "bundle"
-    if lie.on_disk:
-        draft.write(root)
-        lie.change(root)
-    else:
-        lie.change(draft)
-        draft.write(root)
-    findings = verify(root)
+def test_every_lie_is_refused_for_the_right_reason(lie, tmp_path):
+    lie.tell(tmp_path / "bundle")
+    findings = findings_of(module, tmp_path / "bundle")
     found = said(findings, lie.claim)
     assert found, f"no finding about {lie.claim}:\n{show(findings)}"
     assert found[0].verdict == lie.verdict, found
@@ -180,7 +331,7 @@ def test_every_lie_is_refused_for_the_right_reason(lie, draft, tmp_path):
 
 
 def test_there_are_many_lies_and_no_two_are_one():
-    assert len(LIES) >= 30
+    assert len(LIES) >= 350
     assert len({lie.name for lie in LIES}) == len(LIES)
 
 
@@ -196,32 +347,6 @@ def test_a_chain_hashed_anew_is_caught_by_the_expected_digest_alone(draft, tmp_p
     assert overall(verify(tmp_path / "honest", f"SHA256:{honest.upper()}".lower())) is HOLDS
 
 
-@pytest.mark.parametrize(
-    ("data", "match"),
-    [
-        (None, "is not a bundle"),
-        (b"{", "not strict JSON"),
-        (b'{"schema": 1, "schema": 1}', "duplicate key"),
-        (b"[]", "not the manifest of a bundle"),
-        (b'{"schema": 2, "kind": "mpdeploy-bundle", "files": {}}', "not the manifest of a bundle"),
-        (b'{"schema": 1, "kind": "mpdeploy-bundle"}', "no table of files"),
-    ],
-)
-def test_what_is_not_a_bundle_is_said_so(data, match, tmp_path):
-    if data is not None:
-        (tmp_path / "manifest.json").write_bytes(data)
-    with pytest.raises(Unreadable, match=match):
-        verify(tmp_path)
-
-
-def test_a_linked_manifest_is_no_manifest(draft, tmp_path):
-    draft.write(tmp_path / "a")
-    (tmp_path / "b").mkdir()
-    (tmp_path / "b" / "manifest.json").symlink_to(tmp_path / "a" / "manifest.json")
-    with pytest.raises(Unreadable, match="no plain file"):
-        verify(tmp_path / "b")
-
-
 # ------------------------------------------------------------------------------------------------------------ overall
 
 
@@ -230,7 +355,7 @@ def test_nothing_found_is_unchecked():
     assert overall([Finding("files", HOLDS, "x")]) is UNCHECKED
 
 
-@pytest.mark.parametrize("left_out", [*module.REQUIRED, *module.REQUIRED_KINDS])
+@pytest.mark.parametrize("left_out", sorted(module.REQUIRED | module.REQUIRED_KINDS))
 def test_every_required_claim_is_required(left_out, base, tmp_path):
     findings = verify_draft(base, tmp_path)
     assert overall([f for f in findings if f.claim.partition(":")[0] != left_out]) is UNCHECKED
@@ -416,33 +541,6 @@ def test_the_graph_reader_reads_what_onnx_writes():
     assert read.nodes[3].numbers["perm"] == [1, 0]
 
 
-@pytest.mark.parametrize(
-    ("data", "match"),
-    [
-        (b"\x38\x01", "integer where bytes belong"),
-        (b"\x3a\x05", "is cut off"),
-        (b"\x3b", "wire type 3"),
-        (b"\x00\x01", "field number 0"),
-        (b"\xff" * 11, "more than ten bytes"),
-        (b"\x80", "ends within a number"),
-        (b"\x39\x01\x02", "is cut off"),
-        (b"\x3a\x04\x2a\x02\x42\x00", "does not know"),
-        (b"\x3a\x05\x2a\x03\x42\x01\xff", "not UTF-8"),
-        (b"\x3a\x06\x2a\x04\x12\x02\x01\x01", "bytes in field 2"),
-        (b"\x72\x00", "empty or a duplicate name"),
-    ],
-)
-def test_malformed_protobuf_is_named(data, match):
-    with pytest.raises(Unreadable, match=match):
-        module.parse_onnx(memoryview(data))
-
-
-def test_too_many_fields_are_refused(monkeypatch):
-    monkeypatch.setattr(module, "MAX_FIELDS", 10)
-    with pytest.raises(Unreadable, match="too many fields"):
-        module.parse_message(memoryview(b"\x08\x01" * 11))
-
-
 def test_weights_are_found_through_casts_and_transposes():
     weight = numpy_helper.from_array(np.ones((4, 8), np.float32), "w")
     turned = [
@@ -468,7 +566,7 @@ def test_an_unreadable_file_is_unreadable(tmp_path):
 # ------------------------------------------------------------------------------------------------- never a traceback
 
 WHERE = ["layers.json", "certificate.json", "results.json", "verdict.json", "recipe.lock.json", "calibration.json"]
-WHERE += ["sparsity.json", "export.json", f"engines/{CPU}/engine.json"]
+WHERE += ["sparsity.json", "export.json", f"engines/{CPU}/engine.json", "orders.json", "disagreement.json"]
 
 
 def paths(value, at=()):
@@ -554,3 +652,12 @@ def test_the_gates_are_the_producers(base):
         "a gate that verify.py does not know is never more than unchecked"
     )
     assert set(GATES) == set(module.GATES)
+
+
+def test_the_defaults_are_the_producers():
+    from mpdeploy.recipe import Recipe
+
+    for (table, key), default in module.DEFAULTS.items():
+        fields = {field.alias or name: field for name, field in Recipe.model_fields.items()}
+        own = fields[table].annotation.model_fields[key].default
+        assert (list(own) if isinstance(own, tuple) else own) == default, (table, key)

@@ -278,3 +278,81 @@ def a_constant_of_an_unknown_type(draft):
 def metadata_twice(draft):
     model = draft.onnx["model.onnx"]
     model.metadata_props.append(model.metadata_props[0])
+
+
+# ------------------------------------------------------------------------------------- bytes that are no protobuf
+
+ODD = (
+    ("an_integer_for_a_graph", b"\x38\x01", "integer where bytes belong"),
+    ("a_graph_longer_than_its_file", b"\x3a\x05", "a field of 5 bytes has 0 left"),
+    ("a_group_of_old_protobuf", b"\x3b", "wire type 3"),
+    ("a_field_without_a_number", b"\x00\x01", "field number 0"),
+    ("a_number_without_end", b"\xff" * 11, "more than ten bytes"),
+    ("a_number_cut_off", b"\x80", "ends within a number"),
+    ("a_fixed_number_cut_off", b"\x39\x01\x02", "a field of 8 bytes has 2 left"),
+    ("a_name_that_is_no_text", b"\x3a\x05\x2a\x03\x42\x01\xff", "not UTF-8"),
+    ("bytes_for_a_type", b"\x3a\x06\x2a\x04\x12\x02\x01\x01", "bytes in field 2"),
+    ("metadata_without_a_key", b"\x72\x00", "empty or a duplicate name"),
+    ("fields_without_end", b"\x08\x01" * 1_000_001, "too many fields"),
+)
+
+
+def odd(name: str, data: bytes, word: str) -> None:
+    def change(draft: Draft) -> None:
+        draft.raw["engines/odd.onnx"] = data
+
+    change.__name__ = name
+    lie("formats", word)(change)
+
+
+for row_ in ODD:
+    odd(*row_)
+
+
+@lie("formats", "has the type 1 and the shape")
+def a_constant_of_too_many_axes(draft):
+    tensor = draft.constant("val_0")
+    tensor.ClearField("dims")
+    tensor.dims.extend([1] * 7 + [8, 16])
+
+
+@lie("formats", r"spectra.safetensors: a has a shape or offsets that are not sizes")
+def tensors_of_too_many_axes(draft):
+    draft.raw["spectra.safetensors"] = tensor_file({"a": row("F32", [1] * 9, 0, 4)}, bytes(4))
+
+
+# --------------------------------------------------------------------------------------------------- no bundle at all
+
+
+@lie_on_disk("manifest", "is not a bundle")
+def no_manifest(root):
+    (root / "manifest.json").unlink()
+
+
+@lie_on_disk("manifest", "no plain file of reasonable size")
+def a_linked_manifest(root):
+    (root / "manifest.json").rename(root.parent / "elsewhere.json")
+    (root / "manifest.json").symlink_to(root.parent / "elsewhere.json")
+
+
+@lie_on_disk("manifest", "no plain file of reasonable size")
+def a_manifest_of_endless_size(root):
+    with (root / "manifest.json").open("r+b") as file:
+        file.truncate((1 << 26) + 1)
+
+
+@lie_on_disk("manifest", "not strict JSON")
+def a_manifest_cut_off(root):
+    (root / "manifest.json").write_bytes(b"{")
+
+
+@lie_on_disk("manifest", "not the manifest of a bundle")
+def a_manifest_of_something_else(root):
+    manifest = json.loads((root / "manifest.json").read_text())
+    (root / "manifest.json").write_text(json.dumps({**manifest, "kind": "mpdeploy-artifact"}))
+
+
+@lie_on_disk("manifest", "has no table of files")
+def a_manifest_without_files(root):
+    manifest = json.loads((root / "manifest.json").read_text())
+    (root / "manifest.json").write_text(json.dumps({**manifest, "files": None}))

@@ -3,16 +3,28 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
 
-from forgeries.bundle import CPU, Draft
+from forgeries.bundle import CPU, Draft, make_draft
 
 
 @dataclass(frozen=True)
 class Lie:
-    """A lie and how it has to be found out."""
+    """A lie and how it has to be found out.
+
+    Attributes:
+        name: of its function.
+        claim: the claim that has to be refused; "manifest" where the folder is no bundle at all.
+        word: a regular expression that the reason has to match.
+        verdict: "refuted" or "unchecked".
+        change: makes the lie of an honest draft, or of the written files.
+        on_disk: whether it changes the written files.
+        rebind: whether the liar hashes again whatever names the hash of another file.
+        keep: classes that the honest draft keeps of each sample.
+    """
 
     name: str
     claim: str
@@ -20,18 +32,32 @@ class Lie:
     verdict: str
     change: Callable[[Any], Any]
     on_disk: bool
+    rebind: bool = True
+    keep: int = 4
+
+    def tell(self, root: Path) -> None:
+        """Write the forged bundle."""
+        draft = make_draft(keep=self.keep)
+        if self.on_disk:
+            draft.write(root)
+            self.change(root)
+            return
+        self.change(draft)
+        if self.rebind:
+            draft.rebind()
+        draft.write(root)
 
 
 LIES: list[Lie] = []
 
 
 def lie(
-    claim: str, word: str, verdict: str = "refuted"
+    claim: str, word: str, verdict: str = "refuted", rebind: bool = True, keep: int = 4
 ) -> Callable[[Callable[[Draft], None]], Callable[[Draft], None]]:
     """Register a change of the draft; it is written and hashed afterwards."""
 
     def register(change: Callable[[Draft], None]) -> Callable[[Draft], None]:
-        LIES.append(Lie(change.__name__, claim, word, verdict, change, on_disk=False))
+        LIES.append(Lie(change.__name__, claim, word, verdict, change, False, rebind, keep))
         return change
 
     return register
@@ -45,6 +71,14 @@ def lie_on_disk(claim: str, word: str) -> Callable[[Callable[[Path], None]], Cal
         return change
 
     return register
+
+
+def findings_of(checker: ModuleType, root: Path) -> list[Any]:
+    """What a checker, verify.py or a mutant of it, finds in a folder; "manifest" where it is no bundle."""
+    try:
+        return list(checker.verify(root))
+    except checker.Unreadable as unreadable:
+        return [checker.Finding("manifest", checker.Verdict.REFUTED, str(unreadable))]
 
 
 def weights(draft: Draft, stage: str) -> dict[str, Any]:
@@ -79,19 +113,26 @@ def engine_json(draft: Draft, name: str = CPU) -> dict[str, Any]:
     return draft.json[f"engines/{name}/engine.json"]
 
 
+def certificate(draft: Draft) -> dict[str, Any]:
+    return draft.json["certificate.json"]
+
+
+def lock(draft: Draft) -> dict[str, Any]:
+    return draft.json["recipe.lock.json"]
+
+
 def drop_gates(draft: Draft, *names: str) -> None:
     """Take gates out of recipe and verdict alike."""
     draft.raw["recipe.toml"] = b"\n".join(
         line for line in draft.raw["recipe.toml"].split(b"\n") if line.split(b" ")[0].decode() not in names
     )
-    gates = draft.json["recipe.lock.json"]["gates"]
-    draft.json["recipe.lock.json"]["gates"] = {name: limit for name, limit in gates.items() if name not in names}
+    gates = lock(draft)["gates"]
+    lock(draft)["gates"] = {name: limit for name, limit in gates.items() if name not in names}
     rows = draft.json["verdict.json"]["gates"]
     draft.json["verdict.json"]["gates"] = [row for row in rows if row["name"] not in names]
 
 
 def fail_a_gate(draft: Draft) -> None:
     """Ask for more than the engine gives, honestly."""
-    draft.json["recipe.lock.json"]["gates"]["min_agreement"] = 0.99
-    draft.raw["recipe.toml"] = draft.raw["recipe.toml"].replace(b"min_agreement = 0.5", b"min_agreement = 0.99")
+    draft.ask("gates", min_agreement=0.999)
     draft.rederive()

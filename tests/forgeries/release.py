@@ -4,19 +4,19 @@ from pathlib import Path
 
 import numpy as np
 
-from forgeries.bundle import CPU, GPU, Draft, annotate, embed, embedded, make_onnx, reseal
-from forgeries.registry import drop_gates, engine_json, fail_a_gate, latency, ledger, lie, samples, weights
+from forgeries.bundle import CPU, GPU, INT8, Draft, annotate, embed, embedded, make_onnx, reseal
+from forgeries.registry import drop_gates, engine_json, fail_a_gate, latency, lie, lock, samples, weights
 
 # -------------------------------------------------------------------------------------------------------------- engines
 
 
-@lie("engines", "gives another sha256")
+@lie("engines", "gives another sha256", rebind=False)
 def an_engine_file_swapped(draft):
     draft.raw[f"engines/{GPU}/model.engine"] = b"another engine"
     engine_json(draft, GPU)["size"] = 14
 
 
-@lie("engines", "gives another size")
+@lie("engines", "gives another size", rebind=False)
 def an_engine_of_another_size(draft):
     engine_json(draft, GPU)["size"] = 1
 
@@ -70,7 +70,6 @@ def an_engine_nobody_asked_for(draft):
 @lie("engines", "stores its matrices as float16")
 def another_precision_than_asked(draft):
     draft.onnx[f"engines/{CPU}/model.onnx"] = draft.onnx["model.fp16.onnx"]
-    draft.rebind()
 
 
 @lie("engines", "does not know")
@@ -86,13 +85,28 @@ def a_precision_nobody_knows(draft):
 
 @lie("engines", "stores its matrices as float32")
 def integers_that_are_floats(draft):
-    for name in (CPU, f"{CPU}.dense"):
-        old, new = f"engines/{name}", f"engines/{name.replace('fp32', 'int8')}"
-        manifest = draft.json.pop(f"{old}/engine.json")
-        manifest |= {"id": manifest["id"].replace("fp32", "int8"), "precision": "int8", "asked": {"precision": "int8"}}
-        draft.json[f"{new}/engine.json"] = manifest
-        draft.onnx[f"{new}/model.onnx"] = draft.onnx.pop(f"{old}/model.onnx")
-    draft.engine()["id"] = CPU.replace("fp32", "int8")
+    draft.onnx[f"engines/{INT8}/model.onnx"] = draft.onnx["model.onnx"]
+
+
+@lie("engines", f"{CPU} was built from dense.onnx, not from model.onnx")
+def an_engine_of_the_dense_network(draft):
+    engine_json(draft)["source"]["file"] = "dense.onnx"
+
+
+@lie("engines", "built from another model.fp16.onnx than the bundle's", rebind=False)
+def an_engine_of_another_export(draft):
+    engine_json(draft, GPU)["source"]["onnx"] = "0" * 64
+
+
+@lie("engines", "was not built from engines/.*/quantised.onnx", rebind=False)
+def an_engine_of_another_quantisation(draft):
+    engine_json(draft, INT8)["source"]["quantised"] = "0" * 64
+
+
+@lie("engines", "was not built from engines/.*/quantised.onnx", rebind=False)
+def a_quantised_graph_that_is_not_there(draft):
+    del draft.onnx[f"engines/{INT8}/quantised.onnx"]
+    engine_json(draft, INT8)["source"]["quantised"] = None
 
 
 @lie("engines", "there is no engine", "unchecked")
@@ -116,21 +130,46 @@ def a_gate_relaxed_in_the_verdict(draft):
     draft.gate("min_agreement")["limit"] = 0.1
 
 
-@lie("policy", "the gate min_agreement is 0.5 in recipe.toml, 0.1 in recipe.lock.json")
+@lie("policy", "gates.min_agreement is 0.5 in recipe.toml, 0.1 in recipe.lock.json")
 def a_gate_relaxed_in_the_lock(draft):
-    draft.json["recipe.lock.json"]["gates"]["min_agreement"] = 0.1
+    lock(draft)["gates"]["min_agreement"] = 0.1
     draft.rederive()
 
 
-@lie("policy", "the gate min_agreement is 0.5 in recipe.toml, None in recipe.lock.json")
+@lie("policy", "gates.min_agreement is 0.5 in recipe.toml, None in recipe.lock.json")
 def a_gate_lost_on_the_way(draft):
-    draft.json["recipe.lock.json"]["gates"]["min_agreement"] = None
+    lock(draft)["gates"]["min_agreement"] = None
     draft.rederive()
 
 
-@lie("policy", "the gate max_violations is None in recipe.toml, 0 in recipe.lock.json")
+@lie("policy", "gates.max_violations is None in recipe.toml, 0 in recipe.lock.json")
 def a_gate_the_user_never_asked_for(draft):
     draft.raw["recipe.toml"] = draft.raw["recipe.toml"].replace(b"max_violations = 0", b"")
+
+
+@lie("policy", r"prune.skip is \[\] in recipe.toml, \['fc'\] in recipe.lock.json")
+def a_layer_skipped_in_the_lock_only(draft):
+    lock(draft)["prune"]["skip"] = ["fc"]
+
+
+@lie("policy", "prune.keep_stem_dense is True in recipe.toml, 1 in recipe.lock.json")
+def a_number_for_a_truth_value(draft):
+    lock(draft)["prune"]["keep_stem_dense"] = 1
+
+
+@lie("policy", r"build.engines\[1\].precision is int8 in recipe.toml, fp32 in recipe.lock.json")
+def another_engine_than_asked(draft):
+    lock(draft)["build"]["engines"][1]["precision"] = "fp32"
+
+
+@lie("policy", "build.engines is .* in recipe.toml")
+def an_engine_more_than_asked(draft):
+    lock(draft)["build"]["engines"].append({})
+
+
+@lie("policy", "name is small in recipe.toml, tiny in recipe.lock.json")
+def an_override_that_was_not_applied(draft):
+    lock(draft)["sets"] = ["name=small"]
 
 
 @lie("policy", "there is no recipe.toml", "unchecked")
@@ -175,22 +214,20 @@ def a_good_end_to_a_failed_gate(draft):
     draft.json["verdict.json"]["verdict"] = "holds"
 
 
-@lie("gate:min_agreement", "the limit is 0.99")
+@lie("gate:min_agreement", "the limit is 0.999")
 def an_honest_failure_is_a_failure(draft):
     fail_a_gate(draft)
 
 
 @lie("gate:min_speedup", "the limit is 1.5")
 def an_honest_slow_engine(draft):
-    draft.json["recipe.lock.json"]["gates"]["min_speedup"] = 1.5
-    draft.raw["recipe.toml"] = draft.raw["recipe.toml"].replace(b"min_speedup = 1.05", b"min_speedup = 1.5")
+    draft.ask("gates", min_speedup=1.5)
     draft.rederive()
 
 
 @lie("gate:min_speedup", "the limit is 1.2", "unchecked")
 def an_honest_doubt(draft):
-    draft.json["recipe.lock.json"]["gates"]["min_speedup"] = 1.2
-    draft.raw["recipe.toml"] = draft.raw["recipe.toml"].replace(b"min_speedup = 1.05", b"min_speedup = 1.2")
+    draft.ask("gates", min_speedup=1.2)
     draft.rederive()
 
 
@@ -205,10 +242,8 @@ def a_speedup_nobody_measured(draft):
 @lie("gate:max_violations", "nothing was measured", "unchecked")
 def nothing_certified_so_nothing_violated(draft):
     for name in ("pruned", "tuned"):
-        ledger(draft)[name] = -ledger(draft)["dense"]
-    gates = draft.json["recipe.lock.json"]["gates"] | {"min_certified": 0.0}
-    draft.json["recipe.lock.json"]["gates"] = gates
-    draft.raw["recipe.toml"] = draft.raw["recipe.toml"].replace(b"min_certified = 0.1", b"min_certified = 0.0")
+        draft.full["ledger"][name] = -draft.full["ledger"]["dense"]
+    draft.ask("gates", min_certified=0.0)
     draft.rederive()
 
 
@@ -219,7 +254,7 @@ def an_inconsistent_engine_that_holds(draft):
 
 @lie("verdict", "the gate finite is missing")
 def a_broken_engine_that_holds(draft):
-    samples(draft)[f"engine.{CPU}"][0] = np.nan
+    draft.full["samples"][f"engine.{CPU}"][0] = np.nan
     draft.rederive()
     draft.json["verdict.json"]["gates"] = [
         row for row in draft.json["verdict.json"]["gates"] if row["name"] != "finite"
@@ -233,25 +268,24 @@ def another_engine_released(draft):
 
 @lie("verdict", "which results.json does not know")
 def an_unknown_engine_released(draft):
-    draft.json["recipe.lock.json"]["validate"]["deploy"] = "ghost"
+    draft.ask("validate", deploy="ghost")
 
 
 @lie("gate:min_agreement", "was not run: There is no GPU here", "unchecked")
 def an_engine_released_unseen(draft):
-    draft.json["recipe.lock.json"]["validate"]["deploy"] = GPU
+    draft.ask("validate", deploy=GPU)
     draft.rederive()
 
 
 @lie("gate:min_beauty", "does not know the gate", "unchecked")
 def an_unknown_gate(draft):
-    draft.json["recipe.lock.json"]["gates"]["min_beauty"] = 1.0
-    draft.raw["recipe.toml"] += b"min_beauty = 1.0\n"
+    draft.ask("gates", min_beauty=1.0)
     draft.json["verdict.json"]["gates"].append({**draft.gate("min_agreement"), "name": "min_beauty", "limit": 1.0})
 
 
 @lie("verdict", "the recipe asks for no gate", "unchecked")
 def no_gate_at_all(draft):
-    drop_gates(draft, *draft.json["recipe.lock.json"]["gates"])
+    drop_gates(draft, *lock(draft)["gates"])
 
 
 @lie("verdict", "there is no verdict.json", "unchecked")
