@@ -8,6 +8,7 @@ one-pass variance. A fused operator rounds less often than this and is covered.
 Weights are no uncertainty: they are rounded to the format first, and the margin is that of the network so stored.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -15,20 +16,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mpdeploy.certify.boxes import (
-    FLOAT64,
-    Arithmetic,
-    Box,
-    Prepared,
-    Proof,
-    Sample,
-    decide,
-    margins,
-    pair_bounds,
-    proof_of,
-    propagate,
-)
+from mpdeploy.certify.box_rules import FLOAT64, Arithmetic, Box, Prepared
+from mpdeploy.certify.boxes import margins, pair_bounds, propagate
 from mpdeploy.certify.program import Program
+from mpdeploy.certify.proof import Proof, Sample, decide, proof_of
 from mpdeploy.errors import RecipeError
 
 _FLUSHED = 1e-30  # float32 and bfloat16 may flush to zero below 2^-126; 2^19 such terms are less than this
@@ -39,8 +30,8 @@ ARITHMETICS = {
     "tf32": Arithmetic(2.0**-23, 2.0**-23, operand=2.0**-10, store=2.0**-24, smallest=_FLUSHED, largest=3.4e38),
     "fp16": Arithmetic(2.0**-23, 2.0**-23, store=2.0**-11, smallest=2.0**-24, largest=65504.0),
     "bf16": Arithmetic(2.0**-23, 2.0**-23, store=2.0**-8, smallest=_FLUSHED, largest=3.38e38),
-    # gamma_n of 2^-11 reaches 1 at n = 2048 and is far too large long before: no label was ever certified with it.
-    "fp16_accumulate": Arithmetic(2.0**-11, 2.0**-11, store=2.0**-11, smallest=2.0**-24, largest=65504.0),
+    # gamma_n of 2^-11 reaches 1 at n = 2048 and is far too large long before; partial sums may overflow. No bound.
+    "fp16_accumulate": Arithmetic(2.0**-11, math.inf, store=2.0**-11, smallest=2.0**-24, largest=65504.0),
     # QuantizeLinear errs by half a step and what it clips; integer sums are exact; everything else is float32.
     "int8": Arithmetic(2.0**-23, 2.0**-24, store=2.0**-24, smallest=_FLUSHED, largest=3.4e38, exact_integers=True),
 }

@@ -8,19 +8,10 @@ graphs and their constants define, not about float32 or an engine.
 import torch
 from torch import Tensor
 
-from mpdeploy.certify.boxes import (
-    Box,
-    Prepared,
-    Proof,
-    Sample,
-    State,
-    decide,
-    margins,
-    pair_bounds,
-    proof_of,
-    propagate,
-)
+from mpdeploy.certify.box_rules import Box, Prepared
+from mpdeploy.certify.boxes import margins, pair_bounds, propagate
 from mpdeploy.certify.program import Program
+from mpdeploy.certify.proof import Proof, Sample, State, decide, proof_of
 
 
 def real_arithmetic(dense: Program, other: Program, images: Tensor) -> Proof:
