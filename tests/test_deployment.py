@@ -239,6 +239,13 @@ def test_at_tau_itself_and_on_a_tie_it_abstains(beside):
     assert decide(rows, "float64") == [[0, False], [0, True], [0, False]]
 
 
+def test_float16_is_subtracted_in_float64(beside):
+    _, folder, decide = beside
+    path = folder / "abstain.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "tau": 2047.7}))
+    assert decide([[2048.0, 0.25, 0.0]], "float16") == [[0, True]]  # in float16, tau and the margin are both 2048
+
+
 def test_it_fails_closed(beside):
     _, _, decide = beside
     odd = decide([[9.0, math.nan, 0.0], [math.inf, 0.0, 0.0], [9.0, 0.0, -math.inf]])

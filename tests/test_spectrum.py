@@ -275,6 +275,17 @@ def test_the_iterated_trace_is_a_fixed_point_of_its_definition(shape, seed):
     assert own.edge == pytest.approx(own.sigma**2 * mp.upper_edge(*shape, 0.01), rel=1e-12)
 
 
+def test_the_iterated_trace_starts_from_the_median_so_that_spikes_cannot_hide_each_other():
+    # 45 equal spikes, and the law itself for what noise is left beside them: 55 x 355, on the scale of 400.
+    noise = mp.mp_quantile((np.arange(55) + 0.5) / 55, 55 / 355) * 355 / 400
+    weight = np.zeros((100, 400))
+    np.fill_diagonal(weight, np.sqrt(400 * np.concatenate([noise, np.full(45, 6.0)])))
+    fitted = mp.fit(weight)
+    assert fitted.eigenvalues[-1] < fitted.eigenvalues.mean() * mp.upper_edge(100, 400, 0.01)
+    own = mp.opinions(fitted).trace
+    assert own.rank == 45 and own.sigma == pytest.approx(1.0, rel=1e-3)
+
+
 @pytest.mark.parametrize("alpha", [0.01, 0.25, 0.7, 1.0])
 def test_evbmf_keeps_a_component_where_brute_force_over_the_posterior_gains_by_it(alpha):
     # With both prior variances free, the free energy of a component, over its value without it, is the smallest of

@@ -243,8 +243,8 @@ def samples_needed(target: float, confidence: float, rate: float = 0.0) -> int:
 
     while not reaches(last := min(((k + 1) * per - 1) // step, most) if step else most):
         k += 1
-    first = max(k + 1, -(-k * per // step)) if step else 1
-    return bisect_left(range(first, last + 1), True, key=reaches) + first
+    # An n with a smaller count would have reached the target in its own run: the search may start at 0.
+    return bisect_left(range(last + 1), True, key=reaches)
 
 
 def check_splits(splits: Mapping[str, Sequence[str]]) -> None:
