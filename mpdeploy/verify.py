@@ -658,166 +658,6 @@ def _check_layer(layer: Mapping[str, Any], states: Mapping[str, Mapping[str, Arr
     )
 
 
-# --------------------------------------------------------------------------- what was asked to be pruned, and the rest
-
-
-def check_orders(bundle: Bundle) -> str:
-    """Orders: each folded order of channels is a permutation of them, within its blocks, of tensors that are there."""
-    folded, tried = bundle.json("orders.json")["folded"], bundle.json("orders.json")["tried"]
-    moved = reordered(bundle)
-    stated = sum(row["order"] is True for row in tried)
-    must(stated == len(folded), f"orders.json says that {stated} orders were folded and lists {len(folded)}")
-    channels = sum(len(row["order"]) for row in folded)
-    return (
-        f"{len(folded)} orders of {channels} channels are permutations, and fit the {len(moved)} dense tensors"
-    )
-
-
-def reordered(bundle: Bundle) -> dict[str, Array]:
-    """Return the dense weights in the order of channels that was folded into the pruned ones."""
-    if "reordered" not in bundle.derived:
-        state = dict(bundle.tensors("weights/dense.safetensors"))
-        for row in bundle.json("orders.json")["folded"]:
-            _fold(state, row["coupling"], np.array(row["order"]))
-        bundle.derived["reordered"] = state
-    result: dict[str, Array] = bundle.derived["reordered"]
-    return result
-
-
-def _fold(state: dict[str, Array], coupling: Mapping[str, Any], order: Array) -> None:
-    """Apply one order: channel i becomes what channel order[i] was, at every place where the channels are stored."""
-    name, size, blocks = coupling["name"], coupling["size"], coupling["blocks"]
-    must(
-        order.dtype.kind == "i" and order.shape == (size,) and (np.sort(order) == np.arange(size)).all(),
-        f"the order for {name} is no permutation of its {size} channels",
-    )
-    must(0 < blocks <= size and size % blocks == 0, f"the {size} channels for {name} don't divide into {blocks} blocks")
-    width = size // blocks
-    must((order // width == np.arange(size) // width).all(), f"the order for {name} moves a channel out of its block")
-    members = [(m["tensor"], m["axis"], m["start"]) for m in [*coupling["producers"], *coupling["consumers"]]]
-    must(len(set(members)) == len(members), f"{name} moves the same channels of a tensor twice")
-    for tensor, axis, start in members:
-        must(tensor in state, f"{name} moves the tensor {tensor}, which weights/dense does not hold")
-        array = state[tensor]
-        must(
-            0 <= axis < array.ndim and 0 <= start <= array.shape[axis] - size,
-            f"{name} moves channels {start} to {start + size} on axis {axis} of {tensor}, of shape {array.shape}",
-        )
-        index = np.arange(array.shape[axis])
-        index[start : start + size] = start + order
-        state[tensor] = np.take(array, index, axis=axis)
-
-
-def check_layers(bundle: Bundle) -> str:
-    """Layers: what the recipe asks to prune is pruned, a layer stays dense for a reason, nothing else was changed.
-
-    Which layers have to be pruned follows from the recipe and the shapes of the dense weights, never from what the
-    layer table or the certificate says of itself.
-    """
-    asked, rows = _recipe(bundle)["prune"], {row["name"]: row for row in bundle.json("layers.json")}
-    dense, pruned = reordered(bundle), bundle.tensors("weights/pruned.safetensors")
-    must(dense.keys() == pruned.keys(), f"weights/pruned has or lacks {_first(dense.keys() ^ pruned.keys())}")
-    chosen = {name: row for name, row in rows.items() if row["pattern"]}
-    left = [name for name, row in rows.items() if not row["pattern"] and not _excused(bundle, row, list(rows.values()))]
-    if asked["pattern"] == "mixed":
-        choices = bundle.json("allocation.json")["layers"]
-        left = [name for name in left if name not in choices]
-    else:
-        other = _first(name for name, row in chosen.items() if row["pattern"] != asked["pattern"])
-        must(not other, f"{other} has another pattern than the recipe's {asked['pattern']}")
-    if asked["pattern"] == UNSTRUCTURED:
-        _check_sparsity([f"{name}.weight" for name in [*chosen, *left]], pruned, asked["sparsity"])
-    else:
-        must(not left, f"{_first(left)} stays dense, though the recipe asks to prune it and a pattern fits")
-    _check_unchanged(dense, pruned, rows, asked["reconstruct"])
-    if not _recipe(bundle)["tune"]["epochs"]:
-        tuned = bundle.tensors("weights/tuned.safetensors")
-        key = _first(key for key in pruned if not np.array_equal(pruned[key], tuned[key]))
-        must(not key, f"nothing was tuned, and {key} is not the pruned one in weights/tuned")
-    for key, array in dense.items():
-        unlisted = _is_weight(key, array) and key.removesuffix(".weight") not in rows
-        if unlisted and _divides(asked, array.shape[1]) and _uses_of(bundle, key):
-            raise Unchecked(f"the graph multiplies by {key}, which layers.json leaves out: only its code can tell why")
-    return f"{len(chosen)} of {len(rows)} layers are pruned as the recipe asks, the others need not be; no more changed"
-
-
-def _check_unchanged(
-    dense: Mapping[str, Array], pruned: Mapping[str, Array], rows: Mapping[str, Mapping[str, Any]], reconstruct: int
-) -> None:
-    """Refute a tensor that pruning changed though it belongs to no pruned layer.
-
-    Reconstruction trains whatever lies in a block with a pruned layer; then only weights that nobody lists must stay.
-    """
-    layers = rows if reconstruct else [name for name, row in rows.items() if row["pattern"]]
-    may = {f"{name}.{part}" for name in layers for part in ("weight", "bias")}
-    for key, array in dense.items():
-        if key not in may and (not reconstruct or _is_weight(key, array)):
-            must(
-                np.array_equal(array, pruned[key]),
-                f"weights/pruned: {key} is not the dense one, and belongs to no layer that is pruned",
-            )
-
-
-def _check_sparsity(keys: Sequence[str], pruned: Mapping[str, Array], sparsity: float) -> None:
-    """Refute fewer zeros in the whole network than the recipe asks for."""
-    zeros = sum(pruned[key].size - np.count_nonzero(pruned[key]) for key in keys)
-    asked = round(sparsity * sum(pruned[key].size for key in keys))
-    must(zeros >= asked, f"the layers have {zeros} zeros, the recipe's sparsity {sparsity} asks for {asked}")
-
-
-def _is_weight(key: str, array: Array) -> bool:
-    """Tell whether a tensor could be the weight of a linear layer or a convolution."""
-    return key.endswith(".weight") and array.ndim in (2, 4) and array.dtype.kind == "f"
-
-
-def _patterns(asked: Mapping[str, Any]) -> list[str]:
-    """Return the patterns that a layer may get."""
-    return list(asked["allocate"]["patterns"]) if asked["pattern"] == "mixed" else [asked["pattern"]]
-
-
-def _divides(asked: Mapping[str, Any], inputs: int) -> bool:
-    """Tell whether any pattern of the recipe fits a number of inputs."""
-    return any(p == UNSTRUCTURED or inputs % int(p.partition(":")[2]) == 0 for p in _patterns(asked))
-
-
-def _excused(bundle: Bundle, row: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> bool:
-    """Tell whether a dense layer need not be pruned by the recipe, its shape or the graph."""
-    asked, name, key = _recipe(bundle)["prune"], row["name"], f"{row['name']}.weight"
-    state = bundle.tensors("weights/dense.safetensors")
-    if key not in state or any(fnmatchcase(name, glob) for glob in asked["skip"]):
-        return True
-    shape, called = state[key].shape, [other["name"] for other in rows if other["positions"]]
-    must(list(shape) == list(row["shape"]), f"{name} has shape {shape} in weights/dense, stated is {row['shape']}")
-    head = name in called[-1:] or shape[0] == bundle.json("certificate.json")["classes"]
-    if (asked["keep_stem_dense"] and name in called[:1]) or (asked["keep_head_dense"] and head):
-        return True
-    if not _divides(asked, shape[1]):
-        return True
-    nodes = _uses_of(bundle, key)
-    if not nodes and row["positions"]:
-        raise Unchecked(
-            f"{name} is dense and the graph multiplies by something else: only the network's code tells why"
-        )
-    # Never called, called again with other inputs, in groups, or sharing its weight: there no pattern can be held.
-    shared = any(other != key and np.array_equal(array, state[key]) for other, array in state.items())
-    return shared or len(nodes) != 1 or nodes[0].numbers.get("group", [1]) != [1]
-
-
-def _uses_of(bundle: Bundle, key: str) -> list[Node]:
-    """Return the nodes of the exported graph that multiply by a certified tensor, whatever name it has there."""
-    name = next((name for name in GRAPHS if name in bundle.files), GRAPHS[0])
-    graph, state = bundle.graph(name), bundle.tensors("weights/tuned.safetensors")
-    found = []
-    for use in weight_uses(graph):
-        own = graph.constants[use.constant]
-        own = own.T if own.ndim == 2 and use.axis == 0 else own
-        if own.shape == state[key].shape and (
-            np.array_equal(own, state[key].astype(own.dtype)) or any(_folded_norms(own, state[key], state))
-        ):
-            found.append(next(node for node in graph.nodes if (node.name or node.outputs[0]) == use.node))
-    return found
-
-
 # --------------------------------------------------------------------------------------------- the choice of patterns
 
 
@@ -1121,6 +961,169 @@ def _shifts(norm: str, scale: Floats, before: Array, bias: Array, state: Mapping
     beta = state.get(f"{norm}.bias", np.zeros(len(scale))).astype(np.float64)
     size = np.abs(before * scale) + np.abs(state[f"{norm}.running_mean"] * scale) + np.abs(beta)
     return bias.shape == scale.shape and _close(bias, moved + beta, size)
+
+
+# --------------------------------------------------------------------------- what was asked to be pruned, and the rest
+
+
+def check_orders(bundle: Bundle) -> str:
+    """Orders: each folded order of channels is a permutation of them, within its blocks, of tensors that are there."""
+    folded, tried = bundle.json("orders.json")["folded"], bundle.json("orders.json")["tried"]
+    moved = reordered(bundle)
+    stated = sum(row["order"] is True for row in tried)
+    must(stated == len(folded), f"orders.json says that {stated} orders were folded and lists {len(folded)}")
+    channels = sum(len(row["order"]) for row in folded)
+    return f"{len(folded)} orders of {channels} channels are permutations, and fit the {len(moved)} dense tensors"
+
+
+def reordered(bundle: Bundle) -> dict[str, Array]:
+    """Return the dense weights in the order of channels that was folded into the pruned ones."""
+    if "reordered" not in bundle.derived:
+        state = dict(bundle.tensors("weights/dense.safetensors"))
+        for row in bundle.json("orders.json")["folded"]:
+            _fold(state, row["coupling"], np.array(row["order"]))
+        bundle.derived["reordered"] = state
+    result: dict[str, Array] = bundle.derived["reordered"]
+    return result
+
+
+def _fold(state: dict[str, Array], coupling: Mapping[str, Any], order: Array) -> None:
+    """Apply one order: channel i becomes what channel order[i] was, at every place where the channels are stored."""
+    name, size, blocks = coupling["name"], coupling["size"], coupling["blocks"]
+    must(
+        order.dtype.kind == "i" and order.shape == (size,) and (np.sort(order) == np.arange(size)).all(),
+        f"the order for {name} is no permutation of its {size} channels",
+    )
+    must(0 < blocks <= size and size % blocks == 0, f"the {size} channels for {name} don't divide into {blocks} blocks")
+    width = size // blocks
+    must((order // width == np.arange(size) // width).all(), f"the order for {name} moves a channel out of its block")
+    members = [(m["tensor"], m["axis"], m["start"]) for m in [*coupling["producers"], *coupling["consumers"]]]
+    must(len(set(members)) == len(members), f"{name} moves the same channels of a tensor twice")
+    for tensor, axis, start in members:
+        must(tensor in state, f"{name} moves the tensor {tensor}, which weights/dense does not hold")
+        array = state[tensor]
+        must(
+            0 <= axis < array.ndim and 0 <= start <= array.shape[axis] - size,
+            f"{name} moves channels {start} to {start + size} on axis {axis} of {tensor}, of shape {array.shape}",
+        )
+        index = np.arange(array.shape[axis])
+        index[start : start + size] = start + order
+        state[tensor] = np.take(array, index, axis=axis)
+
+
+def check_layers(bundle: Bundle) -> str:
+    """Layers: what the recipe asks to prune is pruned, a layer stays dense for a reason, nothing else was changed.
+
+    Which layers have to be pruned follows from the recipe and the shapes of the dense weights, never from what the
+    layer table or the certificate says of itself.
+    """
+    asked, rows = _recipe(bundle)["prune"], {row["name"]: row for row in bundle.json("layers.json")}
+    dense, pruned = reordered(bundle), bundle.tensors("weights/pruned.safetensors")
+    must(dense.keys() == pruned.keys(), f"weights/pruned has or lacks {_first(dense.keys() ^ pruned.keys())}")
+    chosen = {name: row for name, row in rows.items() if row["pattern"]}
+    left = [name for name, row in rows.items() if not row["pattern"] and not _excused(bundle, row)]
+    if asked["pattern"] == "mixed":
+        choices = bundle.json("allocation.json")["layers"]
+        left = [name for name in left if name not in choices]
+    else:
+        other = _first(name for name, row in chosen.items() if row["pattern"] != asked["pattern"])
+        must(not other, f"{other} has another pattern than the recipe's {asked['pattern']}")
+    if asked["pattern"] == UNSTRUCTURED:
+        _check_sparsity([f"{name}.weight" for name in [*chosen, *left]], pruned, asked["sparsity"])
+    else:
+        must(not left, f"{_first(left)} stays dense, though the recipe asks to prune it and a pattern fits")
+    _check_unchanged(dense, pruned, rows, asked["reconstruct"])
+    if not _recipe(bundle)["tune"]["epochs"]:
+        tuned = bundle.tensors("weights/tuned.safetensors")
+        key = _first(key for key in pruned if not np.array_equal(pruned[key], tuned[key]))
+        must(not key, f"nothing was tuned, and {key} is not the pruned one in weights/tuned")
+    for key, array in dense.items():
+        unlisted = _is_weight(key, array) and key.removesuffix(".weight") not in rows
+        if unlisted and _divides(asked, array.shape[1]) and _uses_of(bundle, key):
+            raise Unchecked(f"the graph multiplies by {key}, which layers.json leaves out: only its code can tell why")
+    return f"{len(chosen)} of {len(rows)} layers are pruned as the recipe asks, the others need not be; no more changed"
+
+
+def _check_unchanged(
+    dense: Mapping[str, Array], pruned: Mapping[str, Array], rows: Mapping[str, Mapping[str, Any]], reconstruct: int
+) -> None:
+    """Refute a tensor that pruning changed though it belongs to no pruned layer.
+
+    Reconstruction trains whatever lies in a block with a pruned layer; then only weights that nobody lists must stay.
+    """
+    layers = rows if reconstruct else [name for name, row in rows.items() if row["pattern"]]
+    may = {f"{name}.{part}" for name in layers for part in ("weight", "bias")}
+    for key, array in dense.items():
+        if key not in may and (not reconstruct or _is_weight(key, array)):
+            must(
+                np.array_equal(array, pruned[key]),
+                f"weights/pruned: {key} is not the dense one, and belongs to no layer that is pruned",
+            )
+
+
+def _check_sparsity(keys: Sequence[str], pruned: Mapping[str, Array], sparsity: float) -> None:
+    """Refute fewer zeros in the whole network than the recipe asks for."""
+    zeros = sum(pruned[key].size - np.count_nonzero(pruned[key]) for key in keys)
+    asked = round(sparsity * sum(pruned[key].size for key in keys))
+    must(zeros >= asked, f"the layers have {zeros} zeros, the recipe's sparsity {sparsity} asks for {asked}")
+
+
+def _is_weight(key: str, array: Array) -> bool:
+    """Tell whether a tensor could be the weight of a linear layer or a convolution."""
+    return key.endswith(".weight") and array.ndim in (2, 4) and array.dtype.kind == "f"
+
+
+def _patterns(asked: Mapping[str, Any]) -> list[str]:
+    """Return the patterns that a layer may get."""
+    return list(asked["allocate"]["patterns"]) if asked["pattern"] == "mixed" else [asked["pattern"]]
+
+
+def _divides(asked: Mapping[str, Any], inputs: int) -> bool:
+    """Tell whether any pattern of the recipe fits a number of inputs."""
+    return any(p == UNSTRUCTURED or inputs % int(p.partition(":")[2]) == 0 for p in _patterns(asked))
+
+
+def _excused(bundle: Bundle, row: Mapping[str, Any]) -> bool:
+    """Tell whether a dense layer need not be pruned, by the recipe, its shape or its place in the exported graph."""
+    asked, name, key = _recipe(bundle)["prune"], row["name"], f"{row['name']}.weight"
+    state = bundle.tensors("weights/dense.safetensors")
+    if key not in state or any(fnmatchcase(name, glob) for glob in asked["skip"]):
+        return True
+    shape = state[key].shape
+    must(list(shape) == list(row["shape"]), f"{name} has shape {shape} in weights/dense, stated is {row['shape']}")
+    if not _divides(asked, shape[1]):
+        return True
+    every, own = weight_uses(_exported(bundle)), _uses_of(bundle, key)
+    if not own and row["positions"]:
+        raise Unchecked(
+            f"{name} is dense and the graph multiplies by something else: only the network's code tells why"
+        )
+    head = every[-1] in own or shape[0] == bundle.json("certificate.json")["classes"]
+    if (asked["keep_stem_dense"] and every[0] in own) or (asked["keep_head_dense"] and head):
+        return True
+    # Never called, called again with other inputs, in groups, or sharing its weight: there no pattern can be held.
+    shared = any(other != key and np.array_equal(array, state[key]) for other, array in state.items())
+    nodes = [node for node in _exported(bundle).nodes if own and (node.name or node.outputs[0]) == own[0].node]
+    return shared or len(own) != 1 or nodes[0].numbers.get("group", [1]) != [1]
+
+
+def _exported(bundle: Bundle) -> Graph:
+    """Return the exported graph of the pruned network, in single precision if there is one."""
+    return bundle.graph(next((name for name in GRAPHS if name in bundle.files), GRAPHS[0]))
+
+
+def _uses_of(bundle: Bundle, key: str) -> list[Use]:
+    """Return where the exported graph multiplies by a certified tensor, whatever name it has there."""
+    graph, state = _exported(bundle), bundle.tensors("weights/tuned.safetensors")
+    found = []
+    for use in weight_uses(graph):
+        own = graph.constants[use.constant]
+        own = own.T if own.ndim == 2 and use.axis == 0 else own
+        if own.shape == state[key].shape and (
+            np.array_equal(own, state[key].astype(own.dtype)) or any(_folded_norms(own, state[key], state))
+        ):
+            found.append(use)
+    return found
 
 
 # ---------------------------------------------------------------------------------------------------- ids and ledger

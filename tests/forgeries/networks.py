@@ -143,6 +143,12 @@ def a_folded_layer_left_dense_for_no_reason(draft):
     layer(draft, "mix").update(pattern="", reason="It is too hard.", density=None)
 
 
+@lie("layers", "mix stays dense")
+def the_second_layer_passed_off_as_the_stem(draft):
+    layer(draft, "stem")["positions"] = 0
+    layer(draft, "mix").update(pattern="", reason="It is the stem.", density=None)
+
+
 @lie("layers", "fc stays dense")
 def a_layer_said_to_be_never_called(draft):
     layer(draft, "fc").update(pattern="", reason="It is never called.", density=None, positions=0)
