@@ -65,6 +65,14 @@ def _certified(_: Mapping[str, Any], results: Mapping[str, Any], certificate: Ma
     return own.value, own.low, own.high, f"{own.correct} of {n} certification samples certified"
 
 
+def _noise(engine: Mapping[str, Any], _: Mapping[str, Any], __: Mapping[str, Any]) -> Evidence:
+    own = engine["noise_floor"]
+    if own is None:
+        return None, None, None, "no noise floor was computed"
+    # An error that is not finite is more than any precision explains.
+    return own["ratio_rms"] if own["ratio_rms"] is not None else float("inf"), None, None, own["reason"]
+
+
 def _speedup(engine: Mapping[str, Any], _: Mapping[str, Any], __: Mapping[str, Any]) -> Evidence:
     own = engine["latency"]
     if own is None:
@@ -79,6 +87,7 @@ EVIDENCE: dict[str, Callable[[Mapping[str, Any], Mapping[str, Any], Mapping[str,
     "min_agreement": _agreement,
     "max_violations": _violations,
     "min_certified": _certified,
+    "max_noise": _noise,
     "min_speedup": _speedup,
 }
 

@@ -255,6 +255,9 @@ class Validate(Table):
     blocks: Annotated[int, Field(ge=4)] = Field(20, description="Interleaved ABBA blocks.")
     calls: Count = Field(5, description="Calls per half block.")
     confidence: Annotated[float, Field(gt=0.5, lt=1.0)] = 0.95
+    noise: Annotated[int, Field(ge=0)] = Field(
+        64, description="Images on which each engine's error is held against its precision's noise floor; 0 is none."
+    )
     alpha: Annotated[float, Field(gt=0.0, lt=1.0)] = Field(
         0.01, description="Share of unseen images on which the engine may answer and yet not give the dense label."
     )
@@ -281,6 +284,9 @@ class Gates(Table):
     min_agreement: Share | None = Field(None, description="Share of validation labels equal to the dense network's.")
     max_violations: Annotated[int, Field(ge=0)] | None = Field(None, description="Certified labels the engine lost.")
     min_certified: Share | None = Field(None, description="Share of certification samples certified.")
+    max_noise: Annotated[float, Field(gt=0.0)] | None = Field(
+        None, description="Engine error over what its declared precision explains (rms); sound engines stay below 1.5."
+    )
     min_speedup: Annotated[float, Field(gt=0.0)] | None = Field(
         None, description="Against the dense twin; the lower end of the interval counts."
     )

@@ -7,7 +7,6 @@ been measured on these very images.
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -81,7 +80,8 @@ def claims(artifacts: Mapping[str, Artifact], table: Validate, count: int) -> tu
         # Where the dense margins are nothing, there is no scale to test on.
         if name == table.deploy and scale is not None and scale > 0:
             margins = _margins(logits)
-            rule = _rule(margins, differs, clusters, table, scale, count)
+            grid = margin_grid(scale)
+            rule = deployment_rule(margins, differs, table.alpha, table.confidence, grid, count, clusters)
             abstains = len(ids) if rule.tau is None else len(ids) - int((margins > rule.tau).sum())
             stated["rule"] = {**rule.json(), "engine": name, "abstains": abstains}
     return stated, rule
@@ -106,28 +106,3 @@ def clusters_of(ids: Sequence[str], pattern: str) -> list[str] | None:
 def _margins(logits: NDArray[Any]) -> NDArray[np.float64]:
     """Return the engine's own margins from kept columns; where every class is kept, the last one stands for none."""
     return engine_margins(logits[:, :-1] if np.isneginf(logits[:, -1]).all() else logits)
-
-
-def _rule(
-    margins: NDArray[np.float64],
-    differs: NDArray[np.bool_],
-    clusters: list[str] | None,
-    table: Validate,
-    scale: float,
-    count: int,
-) -> Rule:
-    grid = margin_grid(scale)
-    if clusters is None:
-        return deployment_rule(margins, differs, table.alpha, table.confidence, grid, count)
-    rule = deployment_rule(*_worst_of_clusters(margins, differs, clusters), table.alpha, table.confidence, grid, count)
-    return replace(rule, abstains=1.0 if rule.tau is None else 1 - float((margins > rule.tau).mean()))
-
-
-def _worst_of_clusters(
-    margins: NDArray[np.float64], differs: NDArray[np.bool_], clusters: list[str]
-) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
-    """Return one margin and one answer per cluster: it fails above tau if any of its members does."""
-    names, at = np.unique(np.array(clusters), return_inverse=True)
-    worst = np.full(len(names), -np.inf)
-    np.maximum.at(worst, at, np.where(differs & np.isfinite(margins), margins, -np.inf))
-    return worst, np.bincount(at, differs, len(names)) > 0

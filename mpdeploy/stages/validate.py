@@ -4,7 +4,7 @@ import contextlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,16 +27,25 @@ from mpdeploy.errors import StageFailed, Unavailable
 from mpdeploy.recipe import Data, Table, Validate
 from mpdeploy.runtimes import Session, cpu_name
 from mpdeploy.stage import Facts, Given, Stage
+from mpdeploy.stages.build import QUANTISED
 from mpdeploy.stages.certify import load_networks
 from mpdeploy.stages.environment import needs, versions
 from mpdeploy.stages.export import file_name
 from mpdeploy.stages.images import open_images, strict_float32
+
+if TYPE_CHECKING:
+    from mpdeploy.certify.noise_floor import Precision
+    from mpdeploy.certify.program import Program
 
 Logits = NDArray[np.float32]
 Sessions = Mapping[str, Session]
 
 COMMON = ("dense", "pruned", "tuned", "onnx")
 """The stages that all engines share; each engine is one more behind the last of them."""
+NOISE_DELTA = 0.01
+"""Chance, in the noise floor's model, that a sound engine is called beyond it."""
+MOST_KINDS = 5
+"""Operator types whose share of the noise is told."""
 FORWARD = 64
 """Images per forward pass, or fewer where an engine takes fewer."""
 
@@ -93,6 +102,7 @@ def run(params: Params, given: Given, out: Path) -> Facts:
             chain, engines, images.batches(val, chosen, size), labels, params.keep, given, len(chosen)
         )
         certified = _certification(engines, images.drawn("certification", size), certificate["kept_classes"], given)
+        noise = _noise(given, chain, engines, images.batch(val, chosen[: table.noise]), size) if table.noise else {}
         sample = images.batch(val, chosen[: min(size, 8, len(chosen))])
         consistent = {name: _batch_consistent(session, sample) for name, session in engines.items()}
     arrays: dict[str, NDArray[Any]] = {
@@ -102,6 +112,9 @@ def run(params: Params, given: Given, out: Path) -> Facts:
         "eps": rows.eps,
         "share": rows.share,
     }
+    for name, own in noise.items():
+        prefix = name if name == "onnx" else f"engine.{name}"
+        arrays |= {f"{prefix}.sigma": own.sigma, f"{prefix}.error": own.error}
     found = []
     for name in given["build"].facts["engines"]:
         if name in missing:
@@ -117,6 +130,7 @@ def run(params: Params, given: Given, out: Path) -> Facts:
                 "why_not": "",
                 **_judged(rows, branches[name], certified[name], certificate, given, table.confidence),
                 "batch_consistent": consistent[name],
+                "noise_floor": noise[name].facts if name in noise else None,
                 "latency": latency,
             }
         )
@@ -134,6 +148,7 @@ def run(params: Params, given: Given, out: Path) -> Facts:
             "dense_top1": dense,
             "tuned_top1": top1(decided_by["tuned"], labels, table.confidence),
             "binds": _binds(given),
+            "export_noise": noise["onnx"].facts if "onnx" in noise else None,
             "engines": found,
         },
     )
@@ -263,6 +278,84 @@ def _with(rows: Rows, branch: Branch) -> Rows:
         eps=np.concatenate([rows.eps, branch.eps[:, None]], axis=1),
         share=np.concatenate([rows.share, branch.share[:, None]], axis=1),
     )
+
+
+@dataclass(frozen=True)
+class Noise:
+    """One stage's error on a few images against what its precision explains.
+
+    Attributes:
+        sigma: float64 [n], of the pair of the graph's label and its runner-up.
+        error: float64 [n], measured on that pair.
+        facts: what results.json says of it.
+    """
+
+    sigma: NDArray[np.float64]
+    error: NDArray[np.float64]
+    facts: dict[str, Any]
+
+
+def _noise(given: Given, chain: Sessions, engines: Sessions, images: Logits, size: int) -> dict[str, Noise]:
+    """Hold the exported graph against PyTorch, and each engine against the graph that it was built from."""
+    from mpdeploy.graph.program import read_program
+
+    tuned, onnx = (_in_batches(chain[stage], images, size) for stage in ("tuned", "onnx"))
+    given.progress("computing noise floors", 0, 1 + len(engines))
+    found = {"onnx": noise_of(read_program(exported_file(given)), "fp32", images, onnx, tuned)}
+    for name, session in engines.items():
+        given.progress("computing noise floors", len(found), 1 + len(engines))
+        program, declared = read_program(_built_from(given, name)), _manifest(given, name)["precision"]
+        found[name] = noise_of(program, declared, images, _in_batches(session, images, size), None)
+    given.progress("computing noise floors", len(found), len(found))
+    return found
+
+
+def noise_of(program: "Program", precision: "Precision", images: Logits, after: Logits, before: Logits | None) -> Noise:
+    """Measure one stage's error and compute the noise floor that it is held against.
+
+    Args:
+        program: the graph.
+        precision: what the stage declares.
+        images: float32 [n, C, H, W].
+        after: the stage's logits, [n, K].
+        before: those of the stage before, in the same precision; None for the graph itself in float64.
+    """
+    from mpdeploy.certify.noise_floor import exact_logits, flip_bounds, judge, noise_floor, pair_errors
+
+    floor = noise_floor(program, images, precision=precision)
+    error = pair_errors(after, exact_logits(program, images) if before is None else before, floor)
+    executions = 1 if before is None else 2
+    judged = judge(error, floor, delta=NOISE_DELTA, executions=executions)
+    kinds = sorted(floor.kinds.items(), key=lambda item: -item[1])[:MOST_KINDS]
+    return Noise(
+        sigma=floor.sigma[:, 0] * np.sqrt(executions),
+        error=error[:, 0],
+        facts={
+            "precision": precision,
+            "pairs": judged.comparisons,
+            "sigma_median": float(np.median(floor.sigma)) * float(np.sqrt(executions)),
+            "ratio_rms": judged.rms,
+            "ratio_max": judged.largest,
+            "rms_limit": judged.rms_limit,
+            "threshold": judged.threshold,
+            "delta": NOISE_DELTA,
+            "verdict": judged.verdict,
+            "reason": judged.reason,
+            "expected_flips": float(flip_bounds(floor).sum()),
+            "spent_on": dict(kinds),
+        },
+    )
+
+
+def _built_from(given: Given, name: str) -> Path:
+    """Return the graph that an engine was built from: the quantised one beside it, or the exported file."""
+    build, manifest = given["build"], _manifest(given, name)
+    quantised = f"engines/{name}/{QUANTISED}"
+    return build.path(quantised) if build.has(quantised) else given["export"].path(manifest["source"]["file"])
+
+
+def _in_batches(session: Session, images: Logits, size: int) -> Logits:
+    return np.concatenate([session.run(images[i : i + size]) for i in range(0, len(images), size)])
 
 
 def _batch_consistent(session: Session, sample: Logits) -> bool:
