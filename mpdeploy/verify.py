@@ -22,7 +22,7 @@ producer is not repeated here. Files first, claims second:
     objective          only where it is claimed: norms of what pruning took away; a spectral bound is proved by Cholesky
     zero_budget        only where it is claimed: inputs removed at no cost are as many as can be, within rounding
     results, engine:*, latency:*, noise:*   every count, interval and quantile from the stored logits and seconds
-    disagreement       only where it is claimed: the bound for images that were not run, and the margin that abstains
+    disagreement       the bound for images that were not run, and the margin below which an engine abstains
     engines            each engine file is the one its manifest describes, in the asked precision, with its dense twin
     verdict, gate:*    the recipe's own gates, judged again
 
@@ -51,7 +51,6 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from fnmatch import fnmatchcase
 from functools import cache
-from itertools import pairwise
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -105,7 +104,7 @@ class Unchecked(Exception):
 
 
 REQUIRED = {"files", "formats", "policy", "orders", "layers", "weights", "sidecar", "ids", "binds", "ledger"}
-REQUIRED |= {"results", "engines", "verdict"}
+REQUIRED |= {"results", "disagreement", "engines", "verdict"}
 REQUIRED_KINDS = {"graph", "export", "engine", "gate"}
 
 
@@ -1654,6 +1653,11 @@ def check_results(bundle: Bundle) -> str:
     must(stated["samples"] == n, f"results.json is about {stated['samples']} samples, stored are {n}")
     _check_engine_names(bundle, results, samples)
     measured = [row["id"] for row in measured_rows(bundle)]
+    noisy = [row["noise_floor"] for row in measured_rows(bundle)] + [results["export_noise"]]
+    must(
+        not asked["validate"]["noise"] or None not in noisy,
+        "the recipe asks for a noise floor, and one of the graphs that were run has none",
+    )
     beside = [engine_logits(bundle, name, columns) for name in measured]
     check_kept(columns, beside, asked["certify"]["keep"], "samples.safetensors")
     check_changes(columns, "samples.safetensors")
@@ -1680,8 +1684,10 @@ def _check_engine_names(bundle: Bundle, results: Mapping[str, Any], samples: Map
             expected |= {f"engine.{name}", f"engine.{name}.eps", f"engine.{name}.share", f"certification.{name}"}
             if row["latency"] is not None:
                 expected |= {f"latency.{name}", f"latency.{row['latency']['twin']}"}
-            if row.get("noise_floor"):
+            if row["noise_floor"] is not None:
                 expected |= {f"engine.{name}.sigma", f"engine.{name}.error"}
+    if results["export_noise"] is not None:
+        expected |= {"onnx.sigma", "onnx.error"}
     must(
         samples.keys() == expected,
         f"samples.safetensors: {_first(samples.keys() ^ expected)} is missing or unexplained",
@@ -1738,7 +1744,7 @@ def _check_certified(bundle: Bundle, row: Mapping[str, Any]) -> bool:
 
 # ------------------------------------------------------------------------------------- images that were not run (L5)
 
-MOST_TESTS = 1000
+GRID = range(6, -15, -1)
 
 
 def check_disagreement(bundle: Bundle) -> str:
@@ -1746,89 +1752,141 @@ def check_disagreement(bundle: Bundle) -> str:
 
     With k of n validation images disagreeing, the one-sided Clopper-Pearson bound at (1 - confidence) / candidates
     covers the chance of it for images drawn alike, for all candidates that were looked at on these images at once.
+    Where images come in clusters a cluster disagrees if any of its images does, and clusters are what is counted.
     """
     check_ids(bundle)
-    stated, results = bundle.json("disagreement.json"), bundle.json("results.json")
-    rows, confidence, candidates = measured_rows(bundle), stated["confidence"], stated["candidates"]
+    stated, results, asked = bundle.json("disagreement.json"), bundle.json("results.json"), _recipe(bundle)["validate"]
+    confidence, candidates = stated["confidence"], stated["candidates"]
+    names = [row["id"] for row in measured_rows(bundle)]
+    if not names:
+        raise Unchecked("no engine was run, so nothing follows for other images")
     must(stated["schema"] == 1, f"disagreement.json is of schema {stated['schema']}, this checker reads 1")
     must(
         confidence == results["confidence"] and 0.5 < confidence < 1,
         f"disagreement.json has the confidence {confidence}, results.json {results['confidence']}",
     )
+    files = {results["binds"]["engines"][name] for name in names}
     must(
-        type(candidates) is int and candidates >= max(1, len(rows)),
-        f"{candidates} candidates are stated, {len(rows)} engines were run on these images",
+        type(candidates) is int and candidates >= len(files),
+        f"{candidates} candidates are stated, {len(files)} engines were run on these images",
     )
-    names = {row["id"] for row in rows}
-    must(stated["engines"].keys() == names, f"disagreement.json is about {_first(stated['engines'].keys() ^ names)}")
+    must(stated["engines"].keys() == set(names), f"disagreement.json is not about {', '.join(names)}")
     columns, tail = validation_columns(bundle), (1 - confidence) / candidates
-    n = len(columns.labels)
+    clusters = _clusters(bundle, asked["cluster"])
     for name, own in stated["engines"].items():
-        k = n - int((slack_of(engine_logits(bundle, name, columns)) > 0).sum())
+        other = ~(slack_of(engine_logits(bundle, name, columns)) > 0)
+        k, n = len(set(clusters[other])), len(set(clusters))
         for key, value in (("k", k), ("n", n), ("upper", _upper(k, n, tail))):
             must_equal(own[key], value, f"disagreement of {name}: {key}")
-        if own["clusters"] is not None:
-            raise Unchecked(f"{name} counts clusters of images, which this checker can't tell")
+        must(own["clusters"] == (asked["cluster"] or None), f"{name} is counted by other clusters than the recipe's")
     rule = stated["rule"]
-    note = "no rule" if rule is None else _check_rule(bundle, rule, columns, tail)
+    note = "no rule" if rule is None else _check_rule(bundle, stated, clusters, columns, tail)
     return f"{len(names)} engines' bounds at confidence {confidence} for {candidates} candidates; {note}"
 
 
-def _check_rule(bundle: Bundle, rule: Mapping[str, Any], columns: Columns, tail: float) -> str:
+def _clusters(bundle: Bundle, pattern: str) -> Array:
+    """Return a number per validation image, the same for the images of one cluster."""
+    ids = bundle.json("calibration.json")["validation_ids"]
+    found = [re.search(pattern, name) for name in ids] if pattern else []
+    must(None not in found, f"the recipe's {pattern!r} finds no cluster in an id")
+    keys = [match[1] for match in found if match is not None] or ids
+    return np.unique(np.array(keys), return_inverse=True)[1]
+
+
+def _check_rule(bundle: Bundle, stated: Mapping[str, Any], clusters: Array, columns: Columns, tail: float) -> str:
     """Check the margin below which the released engine abstains, found by fixed-sequence testing.
 
     H_tau: P(another label and margin > tau) > alpha. From the largest tau downwards each is rejected as long as
-    P(Binomial(n, alpha) <= errors) <= tail; the smallest tau of that run holds with the same confidence.
-    Source: Angelopoulos, Bates, Candes, Jordan, Lei, "Learn then test", Annals of Applied Statistics, 2025.
+    P(Binomial(n, alpha) <= errors) <= tail; the smallest tau of that run holds with the same confidence. The taus are
+    multiples of the median dense margin of the certification images, so that these images did not choose them.
+    Source: Angelopoulos, Bates, Candes, Jordan, Lei, "Learn then test", 2021.
     """
-    name, alpha, tested, n = rule["engine"], rule["alpha"], rule["tested"], len(columns.labels)
-    must(0 < alpha < 1, f"the rule allows the share {alpha}")
-    must(0 < len(tested) <= MOST_TESTS, f"{len(tested)} margins were tested")
-    must(name in {row["id"] for row in measured_rows(bundle)}, f"the rule is about {name}, which was not run")
+    rule, asked = stated["rule"], _recipe(bundle)["validate"]
+    name, alpha, tested, n = rule["engine"], rule["alpha"], rule["tested"], len(set(clusters))
+    for key, value in (("confidence", stated["confidence"]), ("candidates", stated["candidates"])):
+        must(rule[key] == value, f"the rule has another {key} than disagreement.json")
+    must(alpha == asked["alpha"], f"the rule allows the share {alpha}, the recipe {asked['alpha']}")
+    must(name == asked["deploy"], f"the rule is about {name}, the recipe releases {asked['deploy']}")
     own = engine_logits(bundle, name, columns).astype(np.float64)
     ranked = np.sort(own, axis=1)
     margin = np.where(whole(own), ranked[:, -1] - ranked[:, -2], np.nan)
     other = ~(slack_of(own) > 0)
-    taus = [row["tau"] for row in tested]
-    must(all(a > b for a, b in pairwise(taus)), "the margins tested do not fall")
+    scale = bundle.json("certificate.json")["margin_median"]
+    grid = [*(scale * 2 ** (j / 2) for j in GRID), 0.0]
+    must(0 < len(tested) <= len(grid), f"{len(tested)} margins were tested")
     found, running = None, True
-    for row in tested:
-        errors = int((other & (margin > row["tau"])).sum())
+    for row, tau in zip(tested, grid, strict=False):
+        must(running, f"the margin {row['tau']} was tested after one that was not rejected")
+        must_equal(row["tau"], tau, "a margin to test")
+        errors = len(set(clusters[other & (margin > row["tau"])]))
         p = _cdf(_log_choose(errors, n), n, alpha)
+        running = p <= tail
         for key, value in (("errors", errors), ("n", n), ("p", p)):
             must_equal(row[key], value, f"the margin {row['tau']}: {key}")
-        running = running and p <= tail
+        must(row["rejected"] is running, f"the margin {row['tau']}: rejected is stated as {row['rejected']}")
         found = row["tau"] if running else found
+    must(not running or len(tested) == len(grid), "the tests stopped before one that is not rejected")
     must(rule["tau"] == found, f"the rule's margin is stated as {rule['tau']}, the tests give {found}")
-    must_equal(rule["abstains"], n if found is None else int((~(margin > found)).sum()), "abstains")
-    return f"of {name}, {rule['abstains']} of {n} images are left undecided below the margin {found}"
+    images = len(columns.labels)
+    must_equal(rule["abstains"], images if found is None else int((~(margin > found)).sum()), "abstains")
+    _check_rule_file(bundle, rule, columns.classes)
+    return f"of {name}, {rule['abstains']} of {images} images are left undecided, at the margin {found}"
+
+
+def _check_rule_file(bundle: Bundle, rule: Mapping[str, Any], classes: int) -> None:
+    """Check what is given to whoever runs the engine."""
+    own = bundle.json("abstain.json")
+    must(own["classes"] == classes, f"abstain.json is about {own['classes']} classes, there are {classes}")
+    for key in ("engine", "tau", "alpha", "confidence", "candidates"):
+        must(own[key] == rule[key], f"abstain.json has {own[key]} as {key}, the rule {rule[key]}")
 
 
 # ------------------------------------------------------------------------------------------------------- noise floor
 
 
-def check_noise(bundle: Bundle, row: Mapping[str, Any]) -> str:
-    """Noise: the engine's measured error over what its arithmetic predicts, from the stored pairs."""
-    stated, samples, name = row["noise_floor"], bundle.tensors("samples.safetensors"), row["id"]
-    sigma, error = (samples[f"engine.{name}.{column}"].astype(np.float64) for column in ("sigma", "error"))
+def check_noise(bundle: Bundle, name: str) -> str:
+    """Noise: the measured error of a pair of logits over what its arithmetic predicts, from the stored pairs.
+
+    In the model of independent rounding no ratio of n is above sqrt(6 ln(2 n / delta)) but with probability delta, nor
+    is their mean square r but with (sqrt(r) exp((1 - r) / 2))^(n / 10); 1.5 is the least that is asked of its root.
+    """
+    results, samples = bundle.json("results.json"), bundle.tensors("samples.safetensors")
+    if name == "onnx":
+        stated, prefix = results["export_noise"], "onnx"
+    else:
+        stated, prefix = next(row for row in results["engines"] if row["id"] == name)["noise_floor"], f"engine.{name}"
+    sigma, error = (samples[f"{prefix}.{column}"].astype(np.float64) for column in ("sigma", "error"))
     must(
         sigma.ndim == 1 and sigma.shape == error.shape and 0 < len(sigma) <= len(samples["labels"]),
         f"{name} has sigma of shape {sigma.shape} and error of shape {error.shape}",
     )
-    must((np.isfinite(sigma) & (sigma > 0)).all(), f"{name} has a predicted error that is no positive number")
-    must(np.isfinite(error).all(), f"{name} has a measured error that is not finite")
-    ratio = np.abs(error) / sigma
+    must((sigma >= 0).all(), f"{name} has a predicted error below zero, or none")
+    n, delta = len(sigma), stated["delta"]
+    must(0 < delta < 1, f"the noise floor allows the chance {delta}")
+    ratio = np.where((error == 0) & (sigma == 0), 0.0, np.abs(error) / sigma)
+    finite = np.isfinite(ratio).all() and np.isfinite(sigma).all()
     rms, largest = float(np.sqrt(np.mean(ratio**2))), float(ratio.max())
-    own = {"sigma_median": float(np.median(sigma)), "ratio_rms": rms, "ratio_max": largest, "pairs": len(sigma)}
+    most, limit = math.sqrt(6 * math.log(2 * n / delta)), _rms_limit(n, delta)
+    own: dict[str, float | None] = {"sigma_median": float(np.median(sigma)), "pairs": n, "threshold": most}
+    own |= {"rms_limit": limit, "ratio_rms": rms if finite else None, "ratio_max": largest if finite else None}
     for key, value in own.items():
         must_equal(stated[key], value, f"noise floor: {key}")
-    must(stated["threshold"] > 0 and 0 < stated["delta"] < 1, "the noise floor has no threshold, or none with a chance")
-    within = largest <= stated["threshold"] and rms <= 1.5
+    verdict = "within" if finite and largest <= most and rms <= limit else "beyond"
     must(
-        (stated["verdict"] == "within") is within,
+        stated["verdict"] == verdict,
         f"the noise floor is stated as {stated['verdict']}, largest ratio {largest:.3g}, rms {rms:.3g}",
     )
-    return f"{len(sigma)} pairs: measured over predicted error {rms:.3g} rms, at most {largest:.3g}"
+    limits = f"{verdict} the limits {limit:.3g} and {most:.3g}"
+    return f"{n} pairs: measured over predicted error {rms:.3g} rms, at most {largest:.3g}, {limits}"
+
+
+def _rms_limit(n: int, delta: float) -> float:
+    """Return the root of the r above 1 with (ln r + 1 - r) / 2 = ln delta / max(1, n / 10), at least 1.5."""
+    wanted, low, high = math.log(delta) / max(1.0, n / 10), 1.0, 1e6
+    for _ in range(100):
+        middle = (low + high) / 2
+        low, high = (middle, high) if (math.log(middle) + 1 - middle) / 2 > wanted else (low, middle)
+    return max(1.5, math.sqrt(high))
 
 
 # ---------------------------------------------------------------------------------------------------------- latency
@@ -2014,11 +2072,19 @@ def _speedup(row: Mapping[str, Any], _: Bundle) -> Evidence:
     return ratio["value"], ratio["low"], ratio["high"]
 
 
+def _noise(row: Mapping[str, Any], _: Bundle) -> Evidence:
+    own = row["noise_floor"]
+    if own is None:
+        return NOTHING
+    return (math.inf if own["ratio_rms"] is None else own["ratio_rms"]), None, None
+
+
 GATES: dict[str, Callable[[Mapping[str, Any], Bundle], Evidence]] = {
     "max_accuracy_drop": _drop,
     "min_agreement": _agreement,
     "max_violations": _violations,
     "min_certified": _certified,
+    "max_noise": _noise,
     "min_speedup": _speedup,
 }
 
@@ -2090,6 +2156,9 @@ DEFAULTS: dict[tuple[str, str], Any] = {
     ("certify", "reference"): 8,
     ("validate", "blocks"): 20,
     ("validate", "confidence"): 0.95,
+    ("validate", "noise"): 64,
+    ("validate", "alpha"): 0.01,
+    ("validate", "cluster"): "",
 }
 """What the recipe asks where its author wrote nothing, of the keys that this checker goes by."""
 
@@ -2212,6 +2281,7 @@ def verify(bundle: Path, expect: str | None = None) -> list[Finding]:
         ("binds", check_binds),
         ("ledger", check_ledger),
         ("results", check_results),
+        ("disagreement", check_disagreement),
         ("engines", check_engines),
         ("verdict", check_verdict),
     ):
@@ -2220,7 +2290,6 @@ def verify(bundle: Path, expect: str | None = None) -> list[Finding]:
         ("allocation", check_allocation),
         ("objective", check_objective),
         ("zero_budget", check_zero_budget),
-        ("disagreement", check_disagreement),
     ):
         if _is_claimed(opened, claim):
             findings.append(answer(claim, check, opened))
@@ -2236,8 +2305,6 @@ def _is_claimed(bundle: Bundle, claim: str) -> bool:
     try:
         if claim == "allocation":
             return bool(_recipe(bundle)["prune"]["pattern"] == "mixed")
-        if claim == "disagreement":
-            return "disagreement.json" in bundle.files
         return bool(bundle.json("certificate.json").get(claim))
     except (Unchecked, Unreadable, LookupError, TypeError, AttributeError):
         return False
@@ -2248,9 +2315,11 @@ def _findings_per_engine(bundle: Bundle) -> list[Finding]:
     try:
         rows = [row for row in bundle.json("results.json")["engines"] if row["status"] == "measured"]
         findings = [answer(f"engine:{row['id']}", check_engine, bundle, row) for row in rows]
-        for kind, field_, check in (("latency", "latency", check_latency), ("noise", "noise_floor", check_noise)):
-            claimed = [row for row in rows if row.get(field_) is not None]
-            findings += [answer(f"{kind}:{row['id']}", check, bundle, row) for row in claimed]
+        timed = [row for row in rows if row["latency"] is not None]
+        findings += [answer(f"latency:{row['id']}", check_latency, bundle, row) for row in timed]
+        noisy = [row["id"] for row in rows if row["noise_floor"] is not None]
+        noisy += ["onnx"] if bundle.json("results.json")["export_noise"] is not None else []
+        findings += [answer(f"noise:{name}", check_noise, bundle, name) for name in noisy]
     except (Unchecked, Unreadable, LookupError, TypeError, AttributeError):
         return []
     return findings

@@ -9,6 +9,7 @@ import copy
 import hashlib
 import json
 import math
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache
@@ -31,6 +32,7 @@ BLOCKS, CALLS = 6, 5
 CONFIDENCE = 0.95
 CPU, GPU, INT8 = "onnxruntime-cpu-fp32", "tensorrt_rtx-sm80-fp16", "onnxruntime-cpu-int8"
 EPSILON = 1e-3
+ALPHA = 0.05
 STAGES, CHAIN = ("dense", "pruned", "tuned"), ("dense", "pruned", "tuned", "onnx")
 GATES = {
     "max_accuracy_drop": 10.0,
@@ -38,6 +40,7 @@ GATES = {
     "max_violations": 0,
     "min_certified": 0.1,
     "min_speedup": 1.05,
+    "max_noise": 3.0,
 }
 RECIPE = f"""\
 schema = 1
@@ -63,12 +66,13 @@ engines = [
 [validate]
 deploy = "{CPU}"
 blocks = {BLOCKS}
+noise = 16
+alpha = {ALPHA}
 
 [gates]
 """ + "".join(f"{name} = {limit}\n" for name, limit in GATES.items())
 LAYERS = (("stem", "conv2d", ""), ("mix", "conv2d", "2:4"), ("fc", "linear", "2:4"), ("head", "linear", ""))
 DENSE_REASON = "It is the stem or the head, which stay dense."
-ALPHA, TAUS = 0.05, [4.0, 2.0, 1.0, 0.5, 0.25]
 
 
 @dataclass
@@ -471,7 +475,6 @@ def derive_results(draft: Draft) -> None:
     finite = all(math.isfinite(value) for value in [*slacks, *certified])
     n, dense_right, own_right = len(labels), right(longer, 0), right(longer, -1)
     seconds = [samples[f"latency.{name}"].tobytes() for name in (CPU, f"{CPU}.dense")]
-    ratio = np.abs(samples[f"engine.{CPU}.error"]) / samples[f"engine.{CPU}.sigma"]
     measured = {
         "id": CPU,
         "status": "measured",
@@ -489,15 +492,7 @@ def derive_results(draft: Draft) -> None:
         "finite": finite,
         "batch_consistent": True,
         "latency": {"batch": 1, "threads": 1, "twin": f"{CPU}.dense", **copy.deepcopy(timed(*seconds))},
-        "noise_floor": {
-            "sigma_median": float(np.median(samples[f"engine.{CPU}.sigma"])),
-            "ratio_rms": math.sqrt(sum(float(value) ** 2 for value in ratio) / len(ratio)),
-            "ratio_max": float(ratio.max()),
-            "threshold": 6.0,
-            "delta": 1e-3,
-            "pairs": len(ratio),
-            "verdict": "within",
-        },
+        "noise_floor": formulas.noise(samples[f"engine.{CPU}.sigma"], samples[f"engine.{CPU}.error"], 0.01),
     }
     draft.json["results.json"] = {
         "schema": 1,
@@ -505,15 +500,24 @@ def derive_results(draft: Draft) -> None:
         "validation": {"samples": n, "classes": CLASSES},
         "dense_top1": formulas.interval(sum(dense_right), n),
         "tuned_top1": formulas.interval(sum(right(columns, 2)), n),
+        "export_noise": formulas.noise(samples["onnx.sigma"], samples["onnx.error"], 0.01),
         "engines": [
             measured,
             {"id": GPU, "status": "not run", "why_not": "There is no GPU here."},
             {"id": INT8, "status": "not run", "why_not": "It is only here to be looked at."},
         ],
     }
-    draft.json["disagreement.json"] = formulas.disagreement(
-        {CPU: samples[f"engine.{CPU}"]}, CPU, ALPHA, TAUS, CONFIDENCE, 2
-    )
+    asked, ids = draft.json["recipe.lock.json"]["validate"], draft.json["calibration.json"]["validation_ids"]
+    clusters = [re.search(asked["cluster"], name)[1] for name in ids] if asked["cluster"] else ids
+    scale = draft.json["certificate.json"]["margin_median"]
+    logits = {CPU: samples[f"engine.{CPU}"]}
+    if scale:
+        draft.json["disagreement.json"] = formulas.disagreement(
+            logits, CPU, asked["alpha"], scale, CONFIDENCE, 2, clusters, asked["cluster"]
+        )
+        rule = draft.json["disagreement.json"]["rule"]
+        kept = {key: rule[key] for key in ("engine", "tau", "alpha", "confidence", "candidates")}
+        draft.json["abstain.json"] = {"schema": 1, "classes": CLASSES, **kept}
 
 
 @cache
@@ -599,7 +603,14 @@ def _made(seed: int, keep: int) -> Draft:
         },
         "tune": {"epochs": 1},
         "certify": {"reserve": 0.01, "keep": 4, "reference": 3, "batch": 64},
-        "validate": {"deploy": CPU, "blocks": BLOCKS, "confidence": CONFIDENCE},
+        "validate": {
+            "deploy": CPU,
+            "blocks": BLOCKS,
+            "confidence": CONFIDENCE,
+            "noise": 16,
+            "alpha": ALPHA,
+            "cluster": "",
+        },
         "build": {"engines": engines},
         "gates": dict(GATES),
         "sets": [],
@@ -653,6 +664,7 @@ def make_times(rng: np.random.Generator) -> dict[str, np.ndarray]:
     samples = {}
     for name, base in ((f"latency.{CPU}", 1.0e-3), (f"latency.{CPU}.dense", 1.2e-3)):
         samples[name] = base * rng.lognormal(sigma=0.02, size=BLOCKS * 2 * CALLS)
-    samples[f"engine.{CPU}.sigma"] = rng.uniform(1e-4, 2e-4, 16)
-    samples[f"engine.{CPU}.error"] = samples[f"engine.{CPU}.sigma"] * rng.normal(scale=0.8, size=16)
+    for name in (f"engine.{CPU}", "onnx"):
+        samples[f"{name}.sigma"] = rng.uniform(1e-4, 2e-4, 16)
+        samples[f"{name}.error"] = samples[f"{name}.sigma"] * rng.normal(scale=0.8, size=16)
     return samples

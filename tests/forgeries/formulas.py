@@ -9,6 +9,7 @@ from itertools import pairwise
 from typing import Any
 
 import numpy as np
+from scipy.optimize import brentq
 from scipy.stats import beta, binom, binomtest
 
 
@@ -190,27 +191,57 @@ def flips(right: list[bool], own_right: list[bool]) -> dict[str, Any]:
 
 
 def disagreement(
-    engines: dict[str, np.ndarray], deploy: str, alpha: float, taus: list[float], confidence: float, candidates: int
+    engines: dict[str, np.ndarray],
+    deploy: str,
+    alpha: float,
+    scale: float,
+    confidence: float,
+    candidates: int,
+    clusters: list[Any],
+    pattern: str = "",
 ) -> dict[str, Any]:
-    """disagreement.json for engines' columns [n, T + 1]; `deploy` gets the rule."""
-    tail = (1 - confidence) / candidates
+    """disagreement.json for engines' columns [n, T + 1]; `deploy` gets the rule, on multiples of `scale`."""
+    tail, n = (1 - confidence) / candidates, len(set(clusters))
     rows = {}
     for name, z in engines.items():
-        k, n = sum(not slack(row) > 0 for row in z), len(z)
+        k = len({cluster for row, cluster in zip(z, clusters, strict=True) if not slack(row) > 0})
         upper = float(beta.ppf(1 - tail, k + 1, n - k)) if k < n else 1.0
-        rows[name] = {"k": k, "n": n, "upper": upper, "clusters": None}
+        rows[name] = {"k": k, "n": n, "upper": upper, "clusters": pattern or None, "statement": ""}
     margins = [top_two(row) for row in engines[deploy]]
-    tested, tau, running = [], None, True
-    for candidate in taus:
-        pairs = zip(engines[deploy], margins, strict=True)
-        errors = sum(not slack(row) > 0 and margin > candidate for row, margin in pairs)
-        p = float(binom.cdf(errors, len(margins), alpha))
-        tested.append({"tau": candidate, "errors": errors, "n": len(margins), "p": p})
-        running = running and p <= tail
-        tau = candidate if running else tau
+    tested, tau = [], None
+    for candidate in [scale * math.sqrt(2) ** j for j in range(6, -15, -1)] + [0.0]:
+        rows_of = zip(engines[deploy], margins, clusters, strict=True)
+        lost = {cluster for row, margin, cluster in rows_of if not slack(row) > 0 and margin > candidate}
+        p = float(binom.cdf(len(lost), n, alpha))
+        tested.append({"tau": candidate, "errors": len(lost), "n": n, "p": p, "rejected": p <= tail})
+        if p > tail:
+            break
+        tau = candidate
     abstains = len(margins) if tau is None else sum(not margin > tau for margin in margins)
-    rule = {"engine": deploy, "alpha": alpha, "tau": tau, "tested": tested, "abstains": abstains}
+    rule = {"engine": deploy, "alpha": alpha, "tau": tau, "tested": tested, "abstains": abstains, "statement": ""}
+    rule |= {"confidence": confidence, "candidates": candidates}
     return {"schema": 1, "confidence": confidence, "candidates": candidates, "engines": rows, "rule": rule}
+
+
+def noise(sigma: np.ndarray, error: np.ndarray, delta: float) -> dict[str, Any]:
+    """A noise floor's row: errors over what is predicted, and their limits in the model of independent rounding."""
+    ratio = [0.0 if s == 0 and e == 0 else abs(e) / s if s else math.inf for s, e in zip(sigma, error, strict=True)]
+    rms, largest, n = math.sqrt(sum(r * r for r in ratio) / len(ratio)), max(ratio), len(ratio)
+    wanted = math.log(delta) / max(1.0, n / 10)
+    r = brentq(lambda r: (math.log(r) + 1 - r) / 2 - wanted, 1.0, 1e6, xtol=1e-13, rtol=1e-13)
+    most, limit = math.sqrt(6 * math.log(2 * n / delta)), max(1.5, math.sqrt(r))
+    finite = math.isfinite(rms)
+    return {
+        "sigma_median": number(np.median(sigma)),
+        "pairs": n,
+        "ratio_rms": number(rms),
+        "ratio_max": number(largest),
+        "rms_limit": limit,
+        "threshold": most,
+        "delta": delta,
+        "verdict": "within" if finite and largest <= most and rms <= limit else "beyond",
+        "reason": "",
+    }
 
 
 def top_two(row: Any) -> float:

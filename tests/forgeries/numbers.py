@@ -729,6 +729,10 @@ def unseen(draft: Draft) -> dict:
     return draft.json["disagreement.json"]
 
 
+def rule(draft: Draft) -> dict:
+    return unseen(draft)["rule"]
+
+
 @lie("disagreement", "images are certification and validation samples")
 def a_bound_on_images_that_were_used_before(draft):
     draft.json["calibration.json"]["certification_ids"][0] = "val/3"
@@ -745,9 +749,20 @@ def a_bound_at_less_confidence(draft):
     unseen(draft)["confidence"] = 0.9
 
 
+@lie("disagreement", "has the confidence 0.1, results.json 0.1")
+def a_bound_at_hardly_any_confidence(draft):
+    draft.json["results.json"]["confidence"] = 0.1
+    unseen(draft)["confidence"] = 0.1
+
+
 @lie("disagreement", "0 candidates are stated, 1 engines were run")
 def no_candidate_at_all(draft):
     unseen(draft)["candidates"] = 0
+
+
+@lie("disagreement", "1.5 candidates are stated")
+def one_and_a_half_candidates(draft):
+    unseen(draft)["candidates"] = 1.5
 
 
 @lie("disagreement", "upper is stated as")
@@ -755,7 +770,7 @@ def fewer_candidates_than_were_tried(draft):
     unseen(draft)["candidates"] = 1
 
 
-@lie("disagreement", f"is about {INT8}")
+@lie("disagreement", f"is not about {CPU}")
 def a_bound_of_an_engine_that_was_not_run(draft):
     unseen(draft)["engines"][INT8] = unseen(draft)["engines"][CPU]
 
@@ -775,55 +790,120 @@ def a_bound_from_more_images(draft):
     unseen(draft)["engines"][CPU]["n"] = 1200
 
 
-@lie("disagreement", "counts clusters", "unchecked")
-def clusters_that_nobody_lists(draft):
-    unseen(draft)["engines"][CPU]["clusters"] = 60
+@lie("disagreement", "counted by other clusters than the recipe's")
+def clusters_that_nobody_asked_for(draft):
+    unseen(draft)["engines"][CPU]["clusters"] = "(.)$"
 
 
-@lie("disagreement", "the rule allows the share 1.5")
-def a_rule_that_allows_everything(draft):
-    unseen(draft)["rule"]["alpha"] = 1.5
+@lie("disagreement", "k is stated as 5, the stored numbers give 4")
+def images_counted_that_come_in_clusters(draft):
+    draft.ask("validate", cluster="([0-9])$")
+
+
+@lie("disagreement", "finds no cluster in an id")
+def clusters_that_no_id_names(draft):
+    draft.ask("validate", cluster="(x)")
+
+
+@lie("disagreement", "no engine was run", "unchecked")
+def a_bound_of_nothing(draft):
+    no_engine_measured(draft)
+
+
+@lie("disagreement", "there is no disagreement.json", "unchecked")
+def no_bound(draft):
+    del draft.json["disagreement.json"]
+
+
+@lie("disagreement", "another confidence than disagreement.json")
+def a_rule_at_more_confidence(draft):
+    rule(draft)["confidence"] = 0.99
+
+
+@lie("disagreement", "another candidates than disagreement.json")
+def a_rule_among_more_candidates(draft):
+    rule(draft)["candidates"] = 20
+
+
+@lie("disagreement", "the rule allows the share 0.01, the recipe 0.05")
+def a_rule_that_proves_more_than_was_asked(draft):
+    rule(draft)["alpha"] = 0.01
+
+
+@lie("disagreement", f"the rule is about {GPU}, the recipe releases {CPU}")
+def a_rule_for_another_engine(draft):
+    rule(draft)["engine"] = GPU
 
 
 @lie("disagreement", "0 margins were tested")
 def a_rule_without_tests(draft):
-    unseen(draft)["rule"]["tested"] = []
+    rule(draft)["tested"] = []
 
 
-@lie("disagreement", "1001 margins were tested")
-def a_rule_of_endless_tests(draft):
-    unseen(draft)["rule"]["tested"] *= 201
-    unseen(draft)["rule"]["tested"] = unseen(draft)["rule"]["tested"][:1001]
+@lie("disagreement", "23 margins were tested")
+def a_rule_of_more_tests_than_there_are(draft):
+    rule(draft)["tested"] = (rule(draft)["tested"] * 23)[:23]
 
 
-@lie("disagreement", f"the rule is about {GPU}, which was not run")
-def a_rule_for_an_engine_that_was_not_run(draft):
-    unseen(draft)["rule"]["engine"] = GPU
+@lie("disagreement", "a margin to test is stated as")
+def margins_chosen_after_the_fact(draft):
+    rule(draft)["tested"][1]["tau"] *= 0.9
 
 
-@lie("disagreement", "the margins tested do not fall")
-def margins_tested_in_another_order(draft):
-    unseen(draft)["rule"]["tested"].reverse()
+@lie("disagreement", "was tested after one that was not rejected")
+def one_more_try(draft):
+    tested = rule(draft)["tested"]
+    tested.append({**tested[-1], "tau": tested[-1]["tau"] / 2**0.5})
 
 
-@lie("disagreement", "the margin 0.25: errors is stated as 0")
+@lie("disagreement", "the tests stopped before one that is not rejected")
+def a_test_left_out(draft):
+    rule(draft)["tested"].pop()
+
+
+@lie("disagreement", "errors is stated as 0")
 def errors_left_out(draft):
-    unseen(draft)["rule"]["tested"][-1]["errors"] = 0
+    rule(draft)["tested"][-1]["errors"] = 0
 
 
-@lie("disagreement", "the margin 0.25: p is stated as")
+@lie("disagreement", "n is stated as 60")
+def a_test_of_fewer_images(draft):
+    rule(draft)["tested"][0]["n"] = 60
+
+
+@lie("disagreement", "p is stated as")
 def a_smaller_p(draft):
-    unseen(draft)["rule"]["tested"][-1]["p"] /= 10
+    rule(draft)["tested"][-1]["p"] /= 10
 
 
-@lie("disagreement", "the rule's margin is stated as 0.25, the tests give 0.5")
+@lie("disagreement", "rejected is stated as True")
+def a_test_that_is_said_to_reject(draft):
+    rule(draft)["tested"][-1]["rejected"] = True
+
+
+@lie("disagreement", "the rule's margin is stated as")
 def a_margin_that_was_not_rejected(draft):
-    unseen(draft)["rule"]["tau"] = 0.25
+    rule(draft)["tau"] = rule(draft)["tested"][-1]["tau"]
 
 
 @lie("disagreement", "abstains")
 def fewer_abstentions(draft):
-    unseen(draft)["rule"]["abstains"] = 0
+    rule(draft)["abstains"] = 0
+
+
+@lie("disagreement", "abstain.json has 0.0 as tau")
+def another_margin_where_the_rule_is_run(draft):
+    draft.json["abstain.json"]["tau"] = 0.0
+
+
+@lie("disagreement", "abstain.json is about 10 classes")
+def other_classes_where_the_rule_is_run(draft):
+    draft.json["abstain.json"]["classes"] = 10
+
+
+@lie("disagreement", "there is no abstain.json", "unchecked")
+def a_rule_that_nobody_can_run(draft):
+    del draft.json["abstain.json"]
 
 
 # -------------------------------------------------------------------------------------------------------- noise floor
@@ -831,6 +911,18 @@ def fewer_abstentions(draft):
 
 def noise(draft: Draft) -> dict:
     return draft.engine()["noise_floor"]
+
+
+@lie("results", "asks for a noise floor, and one of the graphs")
+def a_noise_floor_that_is_not_there(draft):
+    draft.engine()["noise_floor"] = None
+    for column in ("sigma", "error"):
+        del samples(draft)[f"engine.{CPU}.{column}"]
+
+
+@lie("noise:onnx", "noise floor: ratio_max")
+def less_noise_in_the_export(draft):
+    draft.json["results.json"]["export_noise"]["ratio_max"] *= 0.5
 
 
 @lie(f"noise:{CPU}", "noise floor: ratio_rms")
@@ -849,19 +941,39 @@ def noise_called_too_much(draft):
 
 
 @lie(f"noise:{CPU}", "noise floor is stated as within")
-def noise_above_its_threshold(draft):
-    noise(draft)["threshold"] = 0.5
+def noise_that_is_too_much_somewhere(draft):
+    samples(draft)[f"engine.{CPU}.error"][0] = 8 * samples(draft)[f"engine.{CPU}.sigma"][0]
+    draft.rederive()
+    noise(draft)["verdict"] = "within"
 
 
 @lie(f"noise:{CPU}", "noise floor is stated as within")
 def noise_that_is_too_much_throughout(draft):
-    samples(draft)[f"engine.{CPU}.error"] *= 3
+    samples(draft)[f"engine.{CPU}.error"] = 4 * samples(draft)[f"engine.{CPU}.sigma"]
     draft.rederive()
+    noise(draft)["verdict"] = "within"
 
 
-@lie(f"noise:{CPU}", "has no threshold")
-def a_threshold_below_nothing(draft):
-    noise(draft).update(threshold=-1.0, verdict="beyond")
+@lie(f"noise:{CPU}", "noise floor is stated as within")
+def noise_where_none_is_possible(draft):
+    samples(draft)[f"engine.{CPU}.sigma"][0] = 0.0
+    draft.rederive()
+    noise(draft)["verdict"] = "within"
+
+
+@lie(f"noise:{CPU}", "noise floor: threshold")
+def a_higher_threshold(draft):
+    noise(draft)["threshold"] = 100.0
+
+
+@lie(f"noise:{CPU}", "noise floor: rms_limit")
+def a_higher_limit(draft):
+    noise(draft)["rms_limit"] = 100.0
+
+
+@lie(f"noise:{CPU}", "allows the chance 1.5")
+def a_chance_above_all(draft):
+    noise(draft)["delta"] = 1.5
 
 
 @lie(f"noise:{CPU}", "sigma of shape")
@@ -869,14 +981,38 @@ def errors_of_other_pairs(draft):
     samples(draft)[f"engine.{CPU}.error"] = samples(draft)[f"engine.{CPU}.error"][1:]
 
 
-@lie(f"noise:{CPU}", "predicted error that is no positive number")
-def no_noise_predicted(draft):
-    samples(draft)[f"engine.{CPU}.sigma"][0] = 0.0
+@lie(f"noise:{CPU}", "sigma of shape")
+def no_pairs_at_all(draft):
+    for column in ("sigma", "error"):
+        samples(draft)[f"engine.{CPU}.{column}"] = np.zeros(0)
 
 
-@lie(f"noise:{CPU}", "measured error that is not finite")
-def an_endless_error(draft):
+@lie(f"noise:{CPU}", "sigma of shape")
+def more_pairs_than_images(draft):
+    for column in ("sigma", "error"):
+        samples(draft)[f"engine.{CPU}.{column}"] = np.ones(121)
+
+
+@lie(f"noise:{CPU}", "predicted error below zero, or none")
+def a_negative_noise(draft):
+    samples(draft)[f"engine.{CPU}.sigma"][0] = -1.0
+
+
+@lie("gate:max_noise", "the limit is 0.1")
+def an_honest_noisy_engine(draft):
+    draft.ask("gates", max_noise=0.1)
+    draft.rederive()
+
+
+@lie("gate:max_noise", "measured inf")
+def an_engine_of_endless_noise(draft):
     samples(draft)[f"engine.{CPU}.error"][0] = np.inf
+    draft.rederive()
+
+
+@lie("gate:max_noise", "nothing was measured", "unchecked")
+def a_noise_nobody_measured(draft):
+    draft.engine()["noise_floor"] = None
 
 
 # -------------------------------------------------------------------------------------------------------------- latency
