@@ -155,8 +155,9 @@ def noise_floor(
         program: The graph that the engine runs; formats are read from it. Where a runtime rewrites the graph (ONNX
             Runtime's CPU provider computes float16 graphs in float32 between few casts), pass the rewritten one.
         images: float32 [n, C, H, W].
-        precision: What the engine declares. A graph with float16 or bfloat16 values fixes its own formats; in one of
-            float32 alone "fp16" and "bf16" say how every value is stored. "tf32" also rounds operands of products.
+        precision: What the engine declares. A graph with values or constants of float16 or bfloat16 fixes its own
+            formats; in one of float32 alone "fp16" and "bf16" say how every value is stored. "tf32" also rounds
+            operands of products.
         pairs: Competitors per sample: the runner-up, and the next ones. The others are not covered.
         classes: int [n, 1 + P], the label y and its competitors, instead of the reference's own best.
         memory: Bytes of intermediate values to hold at once; at least one sample is run.
@@ -325,7 +326,7 @@ class _Tracer:
         self.program = program
         self.precision = precision
         self.types = float_types(program)
-        if not {"float16", "bfloat16"} & {self.types[name] for op in program.ops for name in op.outputs if name}:
+        if not {"float16", "bfloat16"} & set(self.types.values()):
             declared = _DECLARED[precision]
             self.types = {name: declared if kind == "float32" else kind for name, kind in self.types.items()}
         self.constants = tensors(program, torch.float32, device)

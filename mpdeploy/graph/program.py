@@ -1,5 +1,7 @@
 """ONNX file -> the program that the certificates run."""
 
+import importlib
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -51,6 +53,31 @@ def read_program(model: ModelProto | Path) -> Program:
     _check_names(ops)
     _check_order(ops, constants, inputs[0], outputs[0])
     return Program(tuple(ops), constants, inputs[0], outputs[0])
+
+
+def read_rewritten(path: Path) -> Program:
+    """Read a float16 graph as ONNX Runtime's CPU provider computes it.
+
+    The provider has no float16 kernels for most operators: it puts casts round them, computes in float32, and drops the
+    casts in between, so that only few values are ever rounded to float16. Which ones is visible in the graph that it
+    writes with all optional optimisations off, and in that graph alone.
+
+    Raises:
+        StageFailed: ONNX Runtime can't load the file, or as in `read_program`.
+    """
+    library: Any = importlib.import_module("onnxruntime")
+    with tempfile.TemporaryDirectory(prefix="mpdeploy-rewritten-") as folder:
+        written = Path(folder) / "rewritten.onnx"
+        options = library.SessionOptions()
+        options.log_severity_level = 4  # an error is raised as well; its text goes into our sentence
+        options.graph_optimization_level = library.GraphOptimizationLevel.ORT_DISABLE_ALL
+        options.optimized_model_filepath = str(written)
+        try:
+            library.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        except Exception as error:  # ONNX Runtime's exceptions share no base class but Exception
+            reason = str(error).strip().splitlines()[0][:300]
+            raise StageFailed(f"ONNX Runtime can't load {path.name} on its CPU provider: {reason}.") from error
+        return read_program(written)
 
 
 def _load(path: Path) -> ModelProto:
