@@ -780,17 +780,18 @@ def _layer_norm(context: Context) -> Rule | None:
         return value.square().mean(axes, keepdim=True).sqrt() * UP
 
     def centred(deviation: Tensor) -> Tensor:
-        return deviation + (deviation.mean(axes, keepdim=True) - 2 * deviation / count).clamp_min(0)
+        return safe(deviation + (deviation.mean(axes, keepdim=True) - 2 * deviation / count).clamp_min(0))
 
     epsilon = float(op.attributes.get("epsilon", 1e-5))
     y = box.centre - box.centre.mean(axes, keepdim=True)
-    rounded = gamma(2 * count + 16, context.arithmetic.inner) * rms(box.magnitude)
-    h = up(centred(box.radius) + rounded)
+    units = 2 * count + 16
+    own = gamma(units, FLOAT64.inner) * rms(box.centre)  # of y, and of the centre's own evaluation
+    h = up(centred(box.radius) + own)
     # Centring is a projection, so it makes no norm larger.
-    size = torch.minimum(rms(h), torch.minimum(rms(box.radius), box.norm / math.sqrt(count)) * UP + rounded * UP)
+    size = torch.minimum(rms(h), torch.minimum(rms(box.radius), box.norm / math.sqrt(count)) * UP + own * UP)
     # Even a constant row is divided by sqrt(eps) at least.
     least = math.sqrt(epsilon) * DOWN
-    s = ((y.square().mean(axes, keepdim=True) + epsilon).sqrt() * DOWN - rounded * UP).clamp_min(least)
+    s = ((y.square().mean(axes, keepdim=True) + epsilon).sqrt() * DOWN - own * UP).clamp_min(least)
     low = (s * DOWN - size * UP).clamp_min(least)
     big = ((y.abs() + h) / low * UP).clamp_max(math.sqrt(count))
     weight = scale.abs()
@@ -802,12 +803,18 @@ def _layer_norm(context: Context) -> Rule | None:
     plain = y.abs() / s * UP
     farthest = math.sqrt(max(count - 1, 0)) * UP
     # h holds the rounding of the mean as well, so this distance is between the exact results of x' and the centre.
-    reach = weight * torch.minimum((h + plain * size) / low, plain + farthest + rounded / low)
+    reach = weight * torch.minimum((h + plain * size) / low, plain + farthest + own / low)
     norm = weight.max() * 2 * box.norm / (s + low).min()
-    # What the rounding of the mean does to the result, and ten more operations.
-    moved = weight * (rounded + big * rounded) / low
+    # What the rounding of mean and variance does to the centre and, in the arithmetic spoken about, to any x'.
+    error = weight * (own + big * own) / low
+    further = (context.arithmetic.inner - FLOAT64.inner) * (1 + 2.0**-40)
+    if further > 0:
+        moved = gamma(units, further) * rms(box.magnitude)
+        lower = (low - moved * UP).clamp_min(least)
+        big = ((y.abs() + h + moved) / lower * UP).clamp_max(math.sqrt(count))
+        error = error + weight * (moved + big * moved) / lower
     absolute = weight * big + (0.0 if bias is None else bias.abs())
-    error = moved + gamma(count + 16, context.arithmetic.inner) * absolute
+    error = error + gamma(count + 16, context.arithmetic.inner) * absolute
     return Rule(between, reach, norm, error)
 
 
