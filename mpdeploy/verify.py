@@ -183,7 +183,6 @@ def _finite(text: str) -> float:
 
 # ---------------------------------------------------------------------------------------------------- safetensors
 
-HEADER_CAP = 100_000_000
 MAX_RANK = 8
 DTYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "I64": "<i8", "I32": "<i4", "I16": "<i2", "I8": "i1"}
 DTYPES |= {"U64": "<u8", "U32": "<u4", "U16": "<u2", "U8": "u1", "BOOL": "u1"}
@@ -199,7 +198,7 @@ def parse_safetensors(data: memoryview, where: str) -> dict[str, Array]:
     if len(data) < 8:
         raise Unreadable(f"{where} is cut off: {len(data)} bytes have no room for a header")
     (length,) = struct.unpack("<Q", data[:8])
-    if length > HEADER_CAP or length > len(data) - 8:
+    if length > len(data) - 8:
         raise Unreadable(f"{where} announces a header of {length} bytes in a file of {len(data)}")
     header = parse_json(bytes(data[8 : 8 + length]), f"the header of {where}")
     if not isinstance(header, dict):
@@ -1573,7 +1572,7 @@ def check_zero_budget(bundle: Bundle) -> str:
 
 def clopper_pearson(k: int, n: int, confidence: float) -> tuple[float, float]:
     """Return the two-sided Clopper-Pearson interval by bisection on the binomial tail (the producer inverts a beta)."""
-    must(0 <= k <= n and n > 0 and 0.5 < confidence < 1, f"{k} of {n} at confidence {confidence} has no interval")
+    must(0 <= k <= n and 0.5 < confidence < 1, f"{k} of {n} at confidence {confidence} has no interval")
     tail = (1 - confidence) / 2
     return 1.0 - _upper(n - k, n, tail), _upper(k, n, tail)
 

@@ -101,7 +101,11 @@ class Draft:
         for name, data in files.items():
             (root / name).parent.mkdir(parents=True, exist_ok=True)
             (root / name).write_bytes(data)
-        return seal(root, {name: {"sha256": sha256(data), "size": len(data)} for name, data in files.items()})
+        return seal(root, listed(files))
+
+    def digest(self) -> str:
+        """The bundle's digest, which an honest producer announces elsewhere."""
+        return sha256(manifest_of(listed(self.parts())).encode())
 
     def engine(self, name: str = CPU) -> dict[str, Any]:
         """The row of results.json about one engine."""
@@ -189,13 +193,22 @@ def toml(value: dict[str, Any]) -> str:
     return "{" + ", ".join(f"{key} = {json.dumps(item)}" for key, item in value.items()) + "}"
 
 
+def listed(files: dict[str, bytes]) -> dict[str, Any]:
+    return {name: {"sha256": sha256(data), "size": len(data)} for name, data in files.items()}
+
+
 def sha256(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
+def manifest_of(files: dict[str, Any]) -> str:
+    """The text of manifest.json."""
+    return dumps({"schema": 1, "kind": "mpdeploy-bundle", "name": "tiny", "mpdeploy": "0", "chain": {}, "files": files})
+
+
 def seal(root: Path, files: dict[str, Any]) -> str:
     """Write manifest.json and return its digest."""
-    text = dumps({"schema": 1, "kind": "mpdeploy-bundle", "name": "tiny", "mpdeploy": "0", "chain": {}, "files": files})
+    text = manifest_of(files)
     (root / "manifest.json").write_text(text, encoding="utf-8")
     return sha256(text.encode())
 

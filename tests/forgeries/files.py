@@ -89,6 +89,11 @@ def a_hash_that_is_none(root):
     edit_manifest(root, lambda files: files["results.json"].update({"sha256": "not a hash"}))
 
 
+@lie_on_disk("files", "without hash and size")
+def a_size_that_is_none(root):
+    edit_manifest(root, lambda files: files["results.json"].update({"size": "large"}))
+
+
 @lie_on_disk("files", "lists no file at all")
 def a_manifest_of_nothing(root):
     edit_manifest(root, lambda files: files.clear())
@@ -215,6 +220,28 @@ def tensors_with_an_extra_field(draft):
     draft.raw["spectra.safetensors"] = tensor_file({"a": {**row("F32", [1], 0, 4), "more": 1}}, bytes(4))
 
 
+@lie("formats", "not exactly dtype")
+def tensors_whose_entry_is_a_list(draft):
+    draft.raw["spectra.safetensors"] = tensor_file({"a": ["F32", [1], [0, 4]]}, bytes(4))
+
+
+@lie("formats", "unknown type")
+def tensors_of_a_list_of_types(draft):
+    draft.raw["spectra.safetensors"] = tensor_file({"a": {**row("F32", [1], 0, 4), "dtype": ["F32"]}}, bytes(4))
+
+
+@lie("formats", "not sizes")
+def tensors_with_named_offsets(draft):
+    item = {**row("F32", [1], 0, 4), "data_offsets": {"begin": 0, "end": 4}}
+    draft.raw["spectra.safetensors"] = tensor_file({"a": item}, bytes(4))
+
+
+@lie("formats", "not sizes")
+def tensors_with_three_offsets(draft):
+    item = {**row("F32", [1], 0, 4), "data_offsets": [0, 4, 8]}
+    draft.raw["spectra.safetensors"] = tensor_file({"a": item}, bytes(4))
+
+
 @lie("formats", "holds a tensor of shape")
 def tensors_empty_and_enormous(draft):
     draft.raw["spectra.safetensors"] = tensor_file({"a": row("F32", [0, 1 << 47, 1 << 47], 0, 0)}, b"")
@@ -238,10 +265,19 @@ def a_second_graph_in_one_file(draft):
 
 @lie("formats", "outside of the file")
 def a_constant_outside_of_the_file(draft):
+    draft.constant("val_0").data_location = TensorProto.EXTERNAL
+
+
+@lie("formats", "outside of the file")
+def a_constant_that_names_another_file(draft):
+    draft.constant("val_0").external_data.add(key="location", value="/etc/hostname")
+
+
+@lie("formats", "does not know")
+def a_constant_of_negative_size(draft):
     tensor = draft.constant("val_0")
-    tensor.ClearField("raw_data")
-    tensor.data_location = TensorProto.EXTERNAL
-    tensor.external_data.add(key="location", value="/etc/hostname")
+    tensor.ClearField("dims")
+    tensor.dims.extend([-8, -16])
 
 
 @lie("formats", "twice, raw and typed")
@@ -350,6 +386,17 @@ def a_manifest_cut_off(root):
 def a_manifest_of_something_else(root):
     manifest = json.loads((root / "manifest.json").read_text())
     (root / "manifest.json").write_text(json.dumps({**manifest, "kind": "mpdeploy-artifact"}))
+
+
+@lie_on_disk("manifest", "not the manifest of a bundle")
+def a_manifest_of_another_schema(root):
+    manifest = json.loads((root / "manifest.json").read_text())
+    (root / "manifest.json").write_text(json.dumps({**manifest, "schema": 2}))
+
+
+@lie_on_disk("manifest", "not the manifest of a bundle")
+def a_manifest_that_is_a_list(root):
+    (root / "manifest.json").write_bytes(b"[]")
 
 
 @lie_on_disk("manifest", "has no table of files")

@@ -96,6 +96,18 @@ def a_pattern_that_does_not_fit(draft):
     layer(draft, "fc")["pattern"] = "2:3"
 
 
+@lie("weights", "groups of 4 don't fit along axis 1")
+def a_pattern_of_a_row(draft):
+    draft.json["layers.json"].append({**layer(draft, "fc"), "name": "ln", "shape": [8]})
+
+
+@lie("weights", "groups of 4 don't fit along axis 1")
+def a_pattern_of_nothing(draft):
+    for stage in ("dense", "pruned", "tuned"):
+        weights(draft, stage)["none.weight"] = np.zeros((0, 8), np.float32)
+    draft.json["layers.json"].append({**layer(draft, "fc"), "name": "none", "shape": [0, 8]})
+
+
 @lie("weights", "gives a reason why it is not")
 def a_pruned_layer_with_a_reason(draft):
     layer(draft, "fc")["reason"] = DENSE_REASON
@@ -264,7 +276,17 @@ def an_order_that_is_no_permutation(draft):
 
 @lie("orders", "no permutation of its 8 channels")
 def an_order_of_fractions(draft):
-    folded(draft, 0)["order"][0] = 3.5
+    folded(draft, 0)["order"] = [float(i) for i in folded(draft, 0)["order"]]
+
+
+@lie("orders", "no permutation of its 8 channels")
+def an_order_cut_short(draft):
+    folded(draft, 0)["order"].pop()
+
+
+@lie("orders", "don't divide into 0 blocks")
+def no_blocks(draft):
+    folded(draft, 0)["coupling"]["blocks"] = 0
 
 
 @lie("orders", "don't divide into 3 blocks")
@@ -343,6 +365,11 @@ def mixed(draft: Draft) -> dict[str, Any]:
 @lie("allocation", "of another recipe")
 def another_ranking_than_asked(draft):
     mixed(draft)["ranking"] = "edge"
+
+
+@lie("allocation", "of another recipe")
+def another_unit_than_asked(draft):
+    mixed(draft)["unit"] = "macs"
 
 
 @lie("allocation", "the choices of fc leave out dense")
@@ -463,6 +490,11 @@ def a_sparse_layer_passed_off_as_dense(draft):
     draft.restate(lambda m: m["dense"].append({**m["weights"].pop(), "reason": "too hard"}))
 
 
+@lie("graph:model.onnx", "head.weight .* is listed as dense")
+def a_dense_weight_without_a_reason(draft):
+    draft.restate(lambda m: m["dense"][1].update(reason=""))
+
+
 @lie("graph:model.onnx", "fc is missing from the manifest")
 def a_sparse_layer_under_another_name(draft):
     draft.restate(lambda m: m["dense"].append({**m["weights"].pop(), "reason": "too hard", "layer": "other"}))
@@ -540,6 +572,16 @@ def a_layer_norm_that_fell_apart(draft):
 @lie("graph:model.onnx", "has opset 20, export.json says 21")
 def another_opset(draft):
     draft.json["export.json"]["files"]["model.onnx"]["opset"] = 21
+
+
+@lie("graph:model.onnx", "its name and export.json say fp32 and fp16")
+def another_precision_in_the_export_s_facts(draft):
+    draft.json["export.json"]["files"]["model.onnx"]["precision"] = "fp16"
+
+
+@lie("export:model.onnx", "lists no sparse weight", "unchecked")
+def nothing_sparse_to_export(draft):
+    nothing_pruned_at_all(draft)
 
 
 @lie("graph:model.fp16.onnx", "multiplies by weights of")

@@ -64,6 +64,11 @@ def a_certificate_of_no_device(draft):
     certificate(draft)["binds"]["device"] = ""
 
 
+@lie("binds", "names no version, or no device")
+def a_certificate_of_no_version(draft):
+    certificate(draft)["binds"]["versions"] = {}
+
+
 @lie("binds", "another version of numpy")
 def a_certificate_of_another_version(draft):
     certificate(draft)["binds"]["versions"]["numpy"] = "1.26.4"
@@ -89,7 +94,7 @@ def an_export_nobody_measured(draft):
     draft.onnx["other.onnx"] = draft.onnx["model.onnx"]
 
 
-@lie("binds", "model.onnx was rebuilt since it was measured.*don't transfer", rebind=False)
+@lie("binds", "^model.onnx was rebuilt since it was measured.*don't transfer", rebind=False)
 def a_graph_rebuilt(draft):
     draft.onnx["model.onnx"].producer_name = "another exporter"
 
@@ -316,6 +321,13 @@ def swapped_sample_ids(draft):
     certificate(draft)["ids"] = [ids[1], ids[0], *ids[2:]]
 
 
+@lie("ledger", "not the certification ids in their order")
+def an_id_too_many(draft):
+    certificate(draft)["ids"] = draft.json["calibration.json"]["certification_ids"] = [
+        *certificate(draft)["ids"], "train/999"
+    ]  # fmt: skip
+
+
 @lie("ledger", "is of schema 1")
 def a_certificate_of_another_schema(draft):
     certificate(draft)["schema"] = 1
@@ -405,6 +417,11 @@ def a_reference_in_single_precision(draft):
 @lie("ledger", "stored as float32")
 def a_reference_stored_in_single_precision(draft):
     ledger(draft)["reference"] = ledger(draft)["reference"].astype(np.float32)
+
+
+@lie("ledger", r"stored as float64 of shape \(3, 4\)")
+def a_reference_without_the_other_classes(draft):
+    ledger(draft)["reference"] = np.ascontiguousarray(ledger(draft)["reference"][:, :-1])
 
 
 @lie("ledger", "stored of 2; the recipe asks for 3")
@@ -512,6 +529,16 @@ def more_inputs_removed_than_depend(draft):
     certificate(draft)["zero_budget"]["fc"]["dependent"] = 3
 
 
+@lie("zero_budget", r"\[-1, 0, 1\] inputs of 8 can't be removed")
+def fewer_inputs_than_none_removed(draft):
+    certificate(draft)["zero_budget"]["fc"]["dead"] = -1
+
+
+@lie("zero_budget", r"\[8, 0, 1\] inputs of 8 can't be removed")
+def more_inputs_removed_than_there_are(draft):
+    certificate(draft)["zero_budget"]["fc"]["dead"] = 8
+
+
 @lie("zero_budget", "fc: allowance")
 def a_larger_allowance(draft):
     certificate(draft)["zero_budget"]["fc"].update(allowance=1.0, residual=0.5)
@@ -528,6 +555,11 @@ def a_removal_that_costs_something(draft):
 @lie(f"engine:{CPU}", "eps of the stage engine is not what the logits give")
 def an_edited_engine_logit(draft):
     samples(draft)[f"engine.{CPU}"][:10] *= -1
+
+
+@lie(f"engine:{CPU}", "has logits")
+def an_engine_that_gives_whole_numbers(draft):
+    samples(draft)[f"engine.{CPU}"] = samples(draft)[f"engine.{CPU}"].astype(np.int64)
 
 
 @lie(f"engine:{CPU}", "eps of shape")
@@ -982,6 +1014,12 @@ def errors_of_other_pairs(draft):
 
 
 @lie(f"noise:{CPU}", "sigma of shape")
+def pairs_in_columns(draft):
+    for column in ("sigma", "error"):
+        samples(draft)[f"engine.{CPU}.{column}"] = samples(draft)[f"engine.{CPU}.{column}"][:, None]
+
+
+@lie(f"noise:{CPU}", "sigma of shape")
 def no_pairs_at_all(draft):
     for column in ("sigma", "error"):
         samples(draft)[f"engine.{CPU}.{column}"] = np.zeros(0)
@@ -1072,6 +1110,17 @@ def a_call_that_took_no_time(draft):
 @lie(f"latency:{CPU}", "of its twin are stored")
 def a_twin_called_less_often(draft):
     samples(draft)[f"latency.{CPU}.dense"] = samples(draft)[f"latency.{CPU}.dense"][:-1]
+
+
+@lie(f"latency:{CPU}", "of its twin are stored")
+def calls_in_columns(draft):
+    for name in (f"latency.{CPU}", f"latency.{CPU}.dense"):
+        samples(draft)[name] = samples(draft)[name][:, None]
+
+
+@lie(f"latency:{CPU}", "too few for an interval")
+def a_fraction_of_blocks(draft):
+    lock(draft)["validate"]["blocks"] = 6.0
 
 
 @lie(f"latency:{CPU}", "was timed", "unchecked")

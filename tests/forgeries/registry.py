@@ -24,6 +24,7 @@ class Lie:
         on_disk: whether it changes the written files.
         rebind: whether the liar hashes again whatever names the hash of another file.
         keep: classes that the honest draft keeps of each sample.
+        expected: whether the honest bundle's digest is known from elsewhere.
     """
 
     name: str
@@ -34,6 +35,7 @@ class Lie:
     on_disk: bool
     rebind: bool = True
     keep: int = 4
+    expected: bool = False
 
     def tell(self, root: Path) -> None:
         """Write the forged bundle."""
@@ -52,12 +54,12 @@ LIES: list[Lie] = []
 
 
 def lie(
-    claim: str, word: str, verdict: str = "refuted", rebind: bool = True, keep: int = 4
+    claim: str, word: str, verdict: str = "refuted", rebind: bool = True, keep: int = 4, expected: bool = False
 ) -> Callable[[Callable[[Draft], None]], Callable[[Draft], None]]:
     """Register a change of the draft; it is written and hashed afterwards."""
 
     def register(change: Callable[[Draft], None]) -> Callable[[Draft], None]:
-        LIES.append(Lie(change.__name__, claim, word, verdict, change, False, rebind, keep))
+        LIES.append(Lie(change.__name__, claim, word, verdict, change, False, rebind, keep, expected))
         return change
 
     return register
@@ -73,10 +75,10 @@ def lie_on_disk(claim: str, word: str) -> Callable[[Callable[[Path], None]], Cal
     return register
 
 
-def findings_of(checker: ModuleType, root: Path) -> list[Any]:
-    """What a checker, verify.py or a mutant of it, finds in a folder; "manifest" where it is no bundle."""
+def findings_of(checker: ModuleType, root: Path, lie: Lie) -> list[Any]:
+    """What a checker, verify.py or a mutant of it, finds in a told lie; "manifest" where it is no bundle."""
     try:
-        return list(checker.verify(root))
+        return list(checker.verify(root, make_draft(keep=lie.keep).digest() if lie.expected else None))
     except checker.Unreadable as unreadable:
         return [checker.Finding("manifest", checker.Verdict.REFUTED, str(unreadable))]
 

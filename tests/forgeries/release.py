@@ -1,11 +1,9 @@
 """Lies about engines, gates and the verdict, and one forgery of the whole chain."""
 
-from pathlib import Path
-
 import numpy as np
 
-from forgeries.bundle import CPU, GPU, INT8, Draft, annotate, embed, embedded, make_onnx, reseal
-from forgeries.registry import drop_gates, engine_json, fail_a_gate, latency, lie, lock, samples, weights
+from forgeries.bundle import CPU, GPU, INT8, Draft, annotate, embedded, make_onnx
+from forgeries.registry import certificate, drop_gates, engine_json, fail_a_gate, latency, lie, lock, samples, weights
 
 # -------------------------------------------------------------------------------------------------------------- engines
 
@@ -296,7 +294,8 @@ def no_verdict(draft):
 # ------------------------------------------------------------------------------------------------------ the whole chain
 
 
-def rehashed_chain(draft: Draft, root: Path) -> str:
+@lie("digest", "expected was", expected=True)
+def a_chain_hashed_anew(draft: Draft) -> None:
     """Change the tuned weights and every file that follows from them, hash all of it again; nothing disagrees.
 
     Only somebody who knows the digest from elsewhere can tell.
@@ -308,7 +307,14 @@ def rehashed_chain(draft: Draft, root: Path) -> str:
         annotate(draft.onnx[file])
     draft.onnx[f"engines/{CPU}/model.onnx"] = draft.onnx["model.onnx"]
     draft.json["sparsity.json"] = embedded(draft.onnx["model.onnx"])
-    embed(draft.onnx["model.onnx"], draft.json["sparsity.json"])
     draft.rederive()
-    draft.write(root)
-    return reseal(root)
+
+
+@lie("verdict", "41 of 40 at confidence 0.95 has no interval")
+def more_certified_than_there_are(draft):
+    certificate(draft)["counts"]["certified"] = 41
+
+
+@lie("verdict", "a gate is unknown to this checker", "unchecked")
+def a_verdict_on_an_unknown_gate(draft):
+    an_unknown_gate(draft)
