@@ -26,7 +26,7 @@ from mpdeploy.verify import Finding, Unreadable, verify
 if TYPE_CHECKING:
     from torch import nn
 
-    from mpdeploy.pairs import Pair
+    from mpdeploy.pairs import Pair, Proofs
     from mpdeploy.spectra import Spectra
 
 LAST = STAGES[-1].name
@@ -191,6 +191,7 @@ def certify_pair(
     keep: int = 16,
     confidence: float = 0.95,
     candidates: int = 1,
+    proofs: "Proofs | None" = None,
     out: str | Path | None = None,
     watcher: Watcher | None = None,
 ) -> "Pair":
@@ -208,6 +209,7 @@ def certify_pair(
         keep: classes kept of each sample.
         confidence: of every interval and bound.
         candidates: how many networks B was chosen from on these same samples.
+        proofs: which proofs to try on a few of them, see `mpdeploy.pairs.Proofs`.
         out: a folder for certificate.json and ledger.safetensors; None writes none.
         watcher: who wants to know how it goes.
 
@@ -228,6 +230,7 @@ def certify_pair(
             keep=keep,
             confidence=confidence,
             candidates=candidates,
+            proofs=proofs,
             progress=lambda d, t: watcher.progress("running both networks", d, t),
         )
     if out is not None:

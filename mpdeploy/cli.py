@@ -143,6 +143,10 @@ def certify(
     candidates: Annotated[
         int, typer.Option("--candidates", min=1, help="Networks that B was chosen from on these same samples.")
     ] = 1,
+    proofs: Annotated[int, typer.Option("--proofs", min=0, help="Samples on which to try proofs; seconds each.")] = 0,
+    ball: Annotated[
+        float | None, typer.Option("--ball", metavar="EPS", help="With --proofs: compare ReLU networks on balls too.")
+    ] = None,
     min_agreement: Annotated[
         float | None, typer.Option("--min-agreement", metavar="SHARE", help="Exit 1 if fewer labels are kept.")
     ] = None,
@@ -151,6 +155,7 @@ def certify(
 ) -> None:
     """Account for what is left of network A's margins in network B, on the same images."""
     from mpdeploy import api
+    from mpdeploy.pairs import Proofs
     from mpdeploy.show import Terminal, pair_tables
     from mpdeploy.spectra import parse_args
 
@@ -158,7 +163,7 @@ def certify(
         pair = api.certify_pair(
             a, b, data=data, split=split, samples=samples, seed=seed, preprocessing=preprocessing,
             args=parse_args(args or []), keep=keep, confidence=confidence, candidates=candidates, out=out,
-            watcher=watcher,
+            proofs=Proofs(proofs, ball=ball) if proofs else None, watcher=watcher,
         )  # fmt: skip
     if as_json:
         _print_json(pair.facts)

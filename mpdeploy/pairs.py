@@ -30,6 +30,23 @@ TARGET = 0.01
 
 
 @dataclass(frozen=True)
+class Proofs:
+    """Which proofs to try.
+
+    Attributes:
+        samples: on how many of the images.
+        lambda2: weight of the squared Frobenius norm in the objective.
+        lambda1: of the sum of absolute values.
+        ball: radius of the balls on which ReLU networks are compared, in units of the input; None for none.
+    """
+
+    samples: int
+    lambda2: float = 1e-4
+    lambda1: float = 0.0
+    ball: float | None = None
+
+
+@dataclass(frozen=True)
 class Pair:
     """What was measured.
 
@@ -57,6 +74,7 @@ def compare(
     keep: int,
     confidence: float,
     candidates: int,
+    proofs: Proofs | None = None,
     progress: Progress,
 ) -> Pair:
     """Run both networks on every image and account for each margin.
@@ -68,6 +86,7 @@ def compare(
         keep: classes kept of each sample.
         confidence: of every interval and bound.
         candidates: how many networks B was chosen from on these same samples (Bonferroni).
+        proofs: which proofs to try, None for none.
         progress: told (done, total).
 
     Raises:
@@ -94,8 +113,27 @@ def compare(
     kept = ledger.rows.kept_classes
     gap = None if exact is None or plain is None else reference_gap(exact, plain)
     facts = _facts(a, b, inputs, ledger, gap, int(logits["a"].shape[1]), confidence, candidates)
+    if proofs is not None:
+        facts["proofs"] = _proved(a, b, inputs, ledger, proofs)
     none = np.empty((0, kept.shape[1] + 1))
     return Pair(ledger, facts, none if exact is None else columns(exact, kept[: len(exact)], np.float64))
+
+
+def _proved(a: Runnable, b: Runnable, inputs: Inputs, ledger: Ledger, asked: Proofs) -> dict[str, Any]:
+    """Try the provable levels on the graphs of both networks."""
+    from mpdeploy.certify.levels import prove_ball, prove_data_path, prove_labels
+    from mpdeploy.certify.objective import Penalty
+
+    if missing := [one.name for one in (a, b) if one.program is None]:
+        return {"why_not": f"{missing[0]} is a built engine, which has no graph to prove anything of."}
+    assert a.program is not None  # for the type checker
+    assert b.program is not None
+    few = inputs.load(np.arange(min(asked.samples, len(inputs.ids)), dtype=np.int64))
+    labels = ledger.rows.labels[: len(few)]
+    dense, other = a.program(), b.program()
+    penalty = Penalty(asked.lambda2, asked.lambda1)
+    found = {**prove_labels(dense, other, few), "data_path": prove_data_path(dense, other, few, labels, penalty)}
+    return found if asked.ball is None else {**found, "ball": prove_ball(dense, other, few, asked.ball)}
 
 
 def _check_same_classes(a: Runnable, b: Runnable, logits: dict[str, NDArray[np.float32]]) -> None:

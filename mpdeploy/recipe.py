@@ -205,6 +205,13 @@ class Certify(Table):
     reference: Count = Field(
         8, description="Samples run in float64 too, to measure what float32 costs the dense reference."
     )
+    proofs: Annotated[int, Field(ge=0)] = Field(
+        0, description="Samples on which proofs are tried (real arithmetic, data path, fp32 envelope); seconds each."
+    )
+    lambda2: Annotated[float, Field(ge=0.0)] = Field(
+        1e-4, description="Weight of the squared Frobenius norm in the objective that the proofs speak about."
+    )
+    lambda1: Annotated[float, Field(ge=0.0)] = Field(0.0, description="Weight of the sum of absolute values in it.")
     batch: Count = 64
 
 

@@ -2,7 +2,6 @@
 
 import contextlib
 import hashlib
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -181,20 +180,16 @@ def _of_module(module: "nn.Module", preprocessing: Preprocessing, text: str, wha
     )
 
 
+def _exported(module: "nn.Module", size: tuple[int, int, int]) -> "Program":
+    from mpdeploy.graph.export import exported_program
+
+    return exported_program(module, size)
+
+
 def _digest_of(module: "nn.Module") -> str:
     from safetensors.torch import save
 
     return hashlib.sha256(save({k: v.contiguous().clone() for k, v in module.state_dict().items()})).hexdigest()
-
-
-def _exported(module: "nn.Module", size: tuple[int, int, int]) -> "Program":
-    """Return the graph that a module is exported as."""
-    from mpdeploy.graph.export import export_onnx
-
-    with tempfile.TemporaryDirectory(prefix="mpdeploy-certify-") as folder:
-        path = Path(folder) / "model.onnx"
-        export_onnx(module, size, path, precision="fp32", opset=20)
-        return _graph(path)
 
 
 def _bundle(folder: Path, text: str, which: str) -> Runnable:

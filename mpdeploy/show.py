@@ -221,9 +221,41 @@ def pair_tables(pair: "Pair") -> None:
     shares = (_share(spent["share_median"]), _share(spent["share_p99"]))
     made.add_row("A -> B", _short(spent["eps_inf_max"]), _short(spent["eps_inf_median"]), *shares)
     out.print(made, "")
+    if "proofs" in facts:
+        out.print(_proof_table(facts["proofs"]), "")
     for name, own in facts.get("top1", {}).items():
         out.print(f"top-1 of {name.upper()}: {100 * own['value']:.2f} %")
     out.print(facts["disagreement"]["statement"], soft_wrap=True)
+
+
+def _proof_table(proofs: dict[str, Any]) -> Table:
+    """Return a row per provable statement: for how many samples it holds, and for how many it says nothing."""
+    made = table(
+        "Proofs tried (vacuous: the bound says nothing)", ("statement", "proved", "not proved", "vacuous", "of")
+    )
+    if "why_not" in proofs:
+        made.add_row(proofs["why_not"], "", "", "", "")
+        return made
+    rows = {"both networks agree in real arithmetic": proofs["real_arithmetic"]}
+    rows |= {f"any {name} engine of B keeps the label": own for name, own in proofs["envelope"].items()}
+    for what, own in rows.items():
+        counts = (str(own[key]) for key in ("certified", "not_certified", "vacuous", "samples"))
+        made.add_row(what, *counts)
+    path = proofs["data_path"]
+    if "why_not" in path:
+        made.add_row(f"data path: {path['why_not']}", "", "", "", "")
+    for claim in path.get("claims", []):
+        states = ("yes" if claim["holds"] else "", "" if claim["holds"] or claim["status"] == "vacuous" else "no")
+        made.add_row(
+            f"data path, {claim['name']}: {claim['meaning']}", *states, "yes" * (claim["status"] == "vacuous"), ""
+        )
+    if ball := proofs.get("ball"):
+        if "why_not" in ball:
+            made.add_row(f"ball: {ball['why_not']}", "", "", "", "")
+        else:
+            n, same = ball["samples"], ball["same"]
+            made.add_row(f"same label on the whole ball of {ball['eps']:g}", str(same), str(n - same), "", str(n))
+    return made
 
 
 def _short(value: float | None) -> str:

@@ -128,6 +128,22 @@ def change_between(before: Tensor, after: Tensor) -> Change:
     )
 
 
+def norms_of(matrix: Tensor) -> dict[str, float]:
+    """Return the Frobenius norm, the sum of absolute values, and an upper bound of the spectral norm of a matrix.
+
+    The bound is the largest eigenvalue of the smaller Gram matrix, raised by more than float64 can have lost: computing
+    it errs by at most about n 2^-52 of itself, and 1e-8 of it is added to the norm.
+    """
+    r = matrix.double()
+    gram = r @ r.T if len(r) <= r.shape[1] else r.T @ r
+    largest = float(torch.linalg.eigvalsh(gram)[-1].clamp(min=0))
+    return {
+        "frobenius": float(r.norm()),
+        "l1": float(r.abs().sum()),
+        "spectral_upper": math.sqrt(largest) * (1 + 1e-8),
+    }
+
+
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     """Cross-entropy of each sample in nats, float64 [n]."""
     z = logits.double()

@@ -2,6 +2,7 @@
 
 import copy
 import hashlib
+import tempfile
 import traceback
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,7 +17,9 @@ from onnx import ModelProto, TensorProto, helper
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from mpdeploy.certify.program import Program
 from mpdeploy.errors import StageFailed
+from mpdeploy.graph.program import read_program
 from mpdeploy.graph.quiet import quiet
 from mpdeploy.graph.simplify import constant_source, simplify
 from mpdeploy.graph.sparsity import LAYER_KEY, node_layer
@@ -101,6 +104,14 @@ def export_onnx(
         sha256=hashlib.sha256(payload).hexdigest(),
         layers=_weight_layers(model),
     )
+
+
+def exported_program(module: nn.Module, input_size: tuple[int, int, int]) -> Program:
+    """Return the graph that `export_onnx` writes of a module in fp32, without keeping the file."""
+    with tempfile.TemporaryDirectory(prefix="mpdeploy-export-") as folder:
+        path = Path(folder) / "model.onnx"
+        export_onnx(module, input_size, path)
+        return read_program(path)
 
 
 def _refuse_unfit(module: nn.Module, precision: str) -> None:

@@ -16,7 +16,7 @@ from mpdeploy.recipe import Certify, Data, Table
 from mpdeploy.runtimes import Session, cpu_name
 from mpdeploy.stage import Facts, Given, Stage
 from mpdeploy.stages.environment import needs, versions
-from mpdeploy.stages.images import exact_logits, open_images, strict_float32
+from mpdeploy.stages.images import Images, exact_logits, open_images, strict_float32
 
 WEIGHTS = {"dense": ("source", "dense.safetensors"), "pruned": ("prune", "pruned.safetensors")}
 WEIGHTS["tuned"] = ("tune", "tuned.safetensors")
@@ -78,6 +78,8 @@ def run(params: Params, given: Given, out: Path) -> Facts:
             "slack_median": finite(np.median(ledger.slack)),
             "reference": reference_gap(exact, plain),
             "spent": ledger.spent(),
+            "objective": {"stage": "pruned", "changed": _changed(given, networks["pruned"].state_dict())},
+            "proofs": _proofs(given, networks, images, table) if table.proofs else None,
             "binds": binds(given, record["certification_ids"], table.batch),
             "zero_budget": {
                 row["name"]: row["zero_budget"] for row in given["prune"].json("layers.json") if row.get("zero_budget")
@@ -85,6 +87,50 @@ def run(params: Params, given: Given, out: Path) -> Facts:
         },
     )
     return counts
+
+
+def _dense_in_order(given: Given) -> "dict[str, Any]":
+    """Return the dense network's tensors in the channel order of the pruned one: the same function, comparable."""
+    from safetensors.torch import load_file
+
+    from mpdeploy.stages.prune import fold_orders
+
+    state = load_file(given["source"].path("dense.safetensors"))
+    fold_orders(state, given["prune"])
+    return state
+
+
+def _changed(given: Given, pruned: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return the norms of what pruning removed from each matrix: R = dense - pruned, [O, I] or [O, I*kh*kw]."""
+    from mpdeploy.certify.objective import norms_of
+
+    rows = []
+    for name, tensor in _dense_in_order(given).items():
+        residual = tensor.double() - pruned[name].double() if tensor.is_floating_point() and tensor.ndim > 1 else None
+        if residual is not None and bool(residual.any()):
+            rows.append({"tensor": name, **norms_of(residual.flatten(1))})
+    return rows
+
+
+def _proofs(given: Given, networks: Mapping[str, Any], images: Images, table: Certify) -> dict[str, Any]:
+    """Try the provable levels on a few samples, on the graphs that the three networks are exported as."""
+    from mpdeploy.certify.levels import prove_data_path, prove_labels
+    from mpdeploy.certify.objective import Penalty
+    from mpdeploy.graph.export import exported_program
+    from mpdeploy.models import rebuild
+
+    chosen = images.draws["certification"][: table.proofs]
+    few, labels = images.batch(images.dataset.train, chosen), np.asarray(images.dataset.train.labels)[chosen]
+    given.progress("proving", 0, 3)
+    modules = {**networks, "dense": rebuild(given["source"].json("model.json"), _dense_in_order(given))}
+    size = tuple(given["source"].json("model.json")["input_size"])
+    graphs = {name: exported_program(module, size) for name, module in modules.items()}
+    given.progress("proving", 1, 3)
+    labelled = prove_labels(graphs["dense"], graphs["tuned"], few)
+    given.progress("proving", 2, 3)
+    path = prove_data_path(graphs["dense"], graphs["pruned"], few, labels, Penalty(table.lambda2, table.lambda1))
+    given.progress("proving", 3, 3)
+    return {**labelled, "data_path": path}
 
 
 def load_networks(given: Given) -> "dict[str, Any]":
