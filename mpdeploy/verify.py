@@ -20,6 +20,7 @@ producer is not repeated here. Files first, claims second:
     binds              weights, preprocessing, images, ONNX files and engines are those that were certified and measured
     ledger             every number of the certificate from the stored logits, in float64
     objective          only where it is claimed: norms of what pruning took away; a spectral bound is proved by Cholesky
+    proofs             only where they are claimed: they are not proved again, and so unchecked
     zero_budget        only where it is claimed: inputs removed at no cost are as many as can be, within rounding
     results, engine:*, latency:*, noise:*   every count, interval and quantile from the stored logits and seconds
     disagreement       the bound for images that were not run, and the margin below which an engine abstains
@@ -1549,6 +1550,13 @@ def spectral_at_most(matrix: Floats, bound: float) -> bool:
     return True
 
 
+def check_proofs(bundle: Bundle) -> str:
+    """Proofs: bounds that hold for more than what was run; to prove them again takes the network and minutes each."""
+    raise Unchecked(
+        f"the certificate holds proofs ({', '.join(bundle.json('certificate.json')['proofs'])}), not redone"
+    )
+
+
 def check_zero_budget(bundle: Bundle) -> str:
     """Zero budget: no more inputs were removed than there are, and outputs moved by no more than rounding explains."""
     stated = bundle.json("certificate.json")["zero_budget"]
@@ -2289,6 +2297,7 @@ def verify(bundle: Path, expect: str | None = None) -> list[Finding]:
         ("allocation", check_allocation),
         ("objective", check_objective),
         ("zero_budget", check_zero_budget),
+        ("proofs", check_proofs),
     ):
         if _is_claimed(opened, claim):
             findings.append(answer(claim, check, opened))

@@ -7,6 +7,7 @@ import importlib
 import json
 import math
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -129,7 +130,7 @@ def test_an_engine_of_endless_noise_is_told_from_a_lie(draft, tmp_path):
 
 
 def test_a_rule_that_never_lets_an_engine_decide_holds(draft, tmp_path):
-    draft.full["samples"][f"engine.{CPU}"][:30] *= -4
+    draft.full["samples"][f"engine.{CPU}"][:30] *= -40
     draft.rederive()
     assert draft.json["disagreement.json"]["rule"]["tau"] is None
     assert said(verify_draft(draft, tmp_path), "disagreement")[0].verdict is HOLDS
@@ -238,6 +239,15 @@ def test_a_weight_that_two_layers_share_may_stay_dense(draft, tmp_path):
 def test_a_layer_without_a_stored_weight_may_stay_dense(draft, tmp_path):
     row = {**draft.json["layers.json"][3], "name": "computed", "positions": 1}
     draft.json["layers.json"].insert(3, row)
+    finding = said(verify_draft(draft, tmp_path), "layers")[0]
+    assert finding.verdict is HOLDS, finding
+
+
+def test_a_layer_that_no_pattern_fits_may_stay_dense(draft, tmp_path):
+    for stage in ("dense", "pruned", "tuned"):
+        weights(draft, stage)["odd.weight"] = np.ones((4, 6), np.float32)
+    draft.json["layers.json"].append({**draft.json["layers.json"][3], "name": "odd", "shape": [4, 6]})
+    draft.rebind()
     finding = said(verify_draft(draft, tmp_path), "layers")[0]
     assert finding.verdict is HOLDS, finding
 
@@ -673,6 +683,15 @@ def test_its_exit_status_tells_the_four_outcomes_apart(draft, tmp_path, capsys):
     assert module.main([str(tmp_path / "good"), "--json"]) == 4
     assert module.main([str(tmp_path / "nowhere")]) == 5
     assert "is not a bundle" in capsys.readouterr().err
+
+
+def test_it_is_a_script(draft, tmp_path, monkeypatch, capsys):
+    draft.write(tmp_path / "good")
+    monkeypatch.setattr(sys, "argv", ["verify.py", str(tmp_path / "good")])
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(module.__file__, run_name="__main__")
+    assert end.value.code == 0
+    assert capsys.readouterr().out.splitlines()[-1].startswith("holds: bundle ")
 
 
 def test_the_gates_are_the_producers(base):

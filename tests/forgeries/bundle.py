@@ -545,9 +545,10 @@ def derive_verdict(draft: Draft) -> None:
         **{name: limit for name, limit in draft.json["recipe.lock.json"]["gates"].items() if limit is not None}
     )
     results, certificate = draft.json["results.json"], draft.json["certificate.json"]
-    draft.json["verdict.json"] = judge(
-        gates, draft.json["recipe.lock.json"]["validate"]["deploy"], results, certificate
-    )
+    verdict = judge(gates, draft.json["recipe.lock.json"]["validate"]["deploy"], results, certificate)
+    for row in verdict["gates"]:
+        row["measured"] = None if row["measured"] is None else formulas.number(row["measured"])
+    draft.json["verdict.json"] = verdict
 
 
 # -------------------------------------------------------------------------------------------------------- all of it

@@ -465,6 +465,11 @@ def an_empty_ledger(draft):
     drop_gates(draft, "min_certified", "max_violations")
 
 
+@lie("ledger", "there is no certificate.json", "unchecked")
+def a_certificate_that_is_not_there(draft):
+    del draft.json["certificate.json"]
+
+
 @lie("ledger", "there is no ledger.safetensors", "unchecked")
 def a_ledger_that_is_not_there(draft):
     del draft.tensors["ledger.safetensors"]
@@ -513,6 +518,11 @@ def a_spectral_bound_that_is_none(draft):
 @lie("objective", "spectral_upper is stated as -")
 def a_negative_spectral_bound(draft):
     norms(draft, "mix.weight")["spectral_upper"] *= -2
+
+
+@lie("proofs", "proofs .envelope., not redone", "unchecked")
+def a_proof_nobody_redoes(draft):
+    certificate(draft)["proofs"] = {"envelope": {}}
 
 
 def norms(draft: Draft, tensor: str) -> dict:
