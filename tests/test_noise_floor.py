@@ -20,6 +20,7 @@ from mpdeploy.certify.noise_floor import (
     exact_logits,
     flip_bounds,
     float_types,
+    forecast,
     judge,
     noise_floor,
     pair_errors,
@@ -61,7 +62,7 @@ def untrained(family):
         module = nn.Sequential(*layers, nn.Linear(128, 10)).eval()
         return module, np.random.default_rng(3).standard_normal((1, 3, 8, 8)).astype(np.float32), None
     name, args, size = {
-        "resnet": ("resnet14t", {}, (3, 32, 32)),
+        "resnet": ("resnet10t", {}, (3, 32, 32)),
         "convnextv2": ("convnextv2_atto", {"depths": (1, 1, 1, 1), "dims": (16, 24, 32, 40)}, (3, 64, 64)),
         "swin": (
             "swin_tiny_patch4_window7_224",
@@ -508,6 +509,20 @@ def test_flips_are_bounded():
     two = flip_bounds(floor_of([[1.0, 1.0]], [[6.0, 6.0]]))
     assert two[0] == pytest.approx(4 * np.exp(-6))
     assert flip_bounds(floor_of([[np.nan], [0.0]], [[1.0], [1.0]])).tolist() == [1.0, 0.0]
+
+
+def test_the_forecast_is_a_row_of_json(exported):
+    images = quickstart()[1]
+    floors = {
+        p: noise_floor(read_program(exported("quickstart", p)), images, precision=p) for p in ("fp32", "fp16", "int8")
+    }
+    rows = {p: json.loads(json.dumps(forecast(floor), allow_nan=False)) for p, floor in floors.items()}
+    assert rows["fp32"]["samples"] == SAMPLES and rows["fp32"]["competitors"] == 1
+    assert rows["fp32"]["flips_at_most"] == 0 and rows["fp32"]["at_risk"] == 0
+    assert rows["fp32"]["headroom_min"] > 100 * rows["fp16"]["headroom_min"] > 100 * rows["int8"]["headroom_min"] > 0
+    broken = forecast(floor_of([[np.nan], [1.0]], [[1.0], [5.0]]))
+    assert broken["sigma_max"] is None and broken["at_risk"] == 1
+    assert broken["flips_at_most"] == pytest.approx(1 + 2 * np.exp(-25 / 6))
 
 
 # Weights and images of others.

@@ -12,9 +12,9 @@ from onnx import TensorProto, helper, numpy_helper
 from torch import nn
 
 from mpdeploy.certify.program import evaluate_unrounded, run
-from mpdeploy.errors import StageFailed
+from mpdeploy.errors import CorruptArtifact, StageFailed
 from mpdeploy.graph.export import export_onnx
-from mpdeploy.graph.program import read_program
+from mpdeploy.graph.program import read_program, read_rewritten
 from mpdeploy.graph.quantize import to_int8
 
 SIZE = (3, 32, 32)
@@ -83,7 +83,10 @@ def distance(a, b):
     return np.abs(a - b).max() / np.abs(b).max()
 
 
-@pytest.mark.parametrize("family", [*FAMILIES, "mlp"])
+@pytest.mark.parametrize(
+    "family",
+    [*(pytest.param(f, marks=[pytest.mark.slow] if f == "efficientnet" else []) for f in FAMILIES), "mlp"],
+)
 def test_a_run_gives_what_onnx_runtime_and_the_network_give(exported, family):
     path, x = exported(family), images(family)
     program = read_program(path)
@@ -202,6 +205,7 @@ NODES = {
     "gelu": ("Gelu", {}, []),
     "hard_sigmoid": ("HardSigmoid", {"alpha": 0.3, "beta": 0.4}, []),
     "clip_low": ("Clip", {}, [F32(-0.5)]),
+    "clip": ("Clip", {}, [F32(0), F32(0.7)]),
     "pow_cube": ("Pow", {}, [F32(3)]),
     "softmax": ("Softmax", {"axis": 1}, []),
     "flatten": ("Flatten", {"axis": -2}, []),
@@ -290,3 +294,16 @@ def test_what_cannot_be_read_is_refused():
         read_program(graph([relu], {}, functions=[function]))
     with pytest.raises(StageFailed, match="reads missing before any node makes it"):
         read_program(graph([helper.make_node("Relu", ["missing"], ["logits"], "relu")], {}))
+
+
+def test_a_float16_graph_as_the_cpu_provider_rewrites_it(exported, tmp_path):
+    path, x = exported("resnet", "fp16"), torch.from_numpy(images("resnet"))
+    program, rewritten = read_program(path), read_rewritten(path)
+    both = [run(p, x, dtype=torch.float64)[p.output] for p in (program, rewritten)]
+    torch.testing.assert_close(*both, rtol=1e-12, atol=1e-12)
+    assert len(rewritten.ops) > len(program.ops)
+    (tmp_path / "broken.onnx").write_bytes(b"no model")
+    with pytest.raises(StageFailed, match=r"can't load broken\.onnx on its CPU provider"):
+        read_rewritten(tmp_path / "broken.onnx")
+    with pytest.raises(CorruptArtifact, match="cannot be read as an ONNX model"):
+        read_program(tmp_path / "broken.onnx")
