@@ -6,14 +6,15 @@ symbols, so that what both have in common cancels (ReluDiff, Paulsen et al. 2020
 input's d is 0. A linear operator takes x to Wx + b and d to W'd + (W' - W)x + b' - b. `rest` holds the rounding of all
 of it, and nothing else of note.
 
-At a ReLU, relu(x) of an unstable neuron gets one new symbol (slope u/(u - l), the smallest area). The difference has
-three enclosures; the one with the smallest new symbol is taken, neuron by neuron:
+At a ReLU, relu(x) of an unstable neuron gets one new symbol: it lies between s x and s x + t, s = u/(u - l). The
+difference has four enclosures; the one that adds least that is new is taken, neuron by neuron:
 
-    d + [-max(0, -l), max(0, -l')]     because relu(v) = v + relu(-v); exact where both are active
-    [-max(0, u), max(0, u')]           exact where both are inactive
-    d/2 +- max|d|/2                    because relu(x + d) - relu(x) = t d with 0 <= t <= 1
+    d + [-max(0, -l), max(0, -l')]       because relu(v) = v + relu(-v); exact where both are active
+    [-max(0, u), max(0, u')]             exact where both are inactive
+    d/2 +- max|d|/2                      because relu(x + d) - relu(x) = c d with 0 <= c <= 1
+    s' (x + d) - s x + [-t, t']          both relaxed apart; exact where one is active and the other is not
 
-with l, u and l', u' the ends of x and x' = x + d. It is for networks of modest depth, and costs one pass of the
+with l, u, s, t of x and l', u', s', t' of x' = x + d. It is for networks of modest depth, and costs one pass of the
 network for every symbol.
 """
 
@@ -296,7 +297,9 @@ def _bias(constants: Constants) -> Tensor | None:
 
 def _terms(op: Op, weight: Tensor | None, x: Tensor, constants: Constants) -> int:
     """Terms of one output's sum."""
-    if op.kind == "BatchNormalization" or op.kind in _MOVES:
+    if op.kind in _MOVES:
+        return 0
+    if op.kind == "BatchNormalization":
         return 1
     if op.kind == "Conv":
         return math.prod(_present(weight).shape[1:])
@@ -312,27 +315,43 @@ def _present(value: Tensor | None) -> Tensor:
 
 def _relu(pair: _Pair, work: _Work) -> _Pair:
     x, d, symbols = pair.x, pair.d, work.symbols
-    low, high = _ends(x)
-    low_twin, high_twin = _ends(_sum(x, d, symbols))
-    farthest = d.size()
+    twin = _sum(x, d, symbols)
+    (low, high), (low_twin, high_twin) = _ends(x), _ends(twin)
+    (slope, above), (slope_twin, above_twin) = _chord(low, high), _chord(low_twin, high_twin)
+    farthest, zero, one = d.size(), torch.zeros_like(low), torch.ones_like(low)
 
-    # relu(x) - slope x is between 0 and its larger value at an end, whatever the slope in [0, 1].
+    # relu(x + d) - relu(x) is in p d + q x + [below, over], in four ways.
+    p = torch.stack([one, zero, one / 2, slope_twin])
+    q = torch.stack([zero, zero, zero, slope_twin - slope])
+    below = torch.stack([-(-low).clamp_min(0), -high.clamp_min(0), -farthest / 2, -above])
+    over = torch.stack([(-low_twin).clamp_min(0), high_twin.clamp_min(0), farthest / 2, above_twin])
+    best = ((over - below) / 2 + q.abs() * x.reach()).argmin(0, keepdim=True)
+    p, q, below, over = (table.gather(0, best)[0] for table in (p, q, below, over))
+
+    radius = (over - below) / 2 * UP
+    fresh_x, fresh_d = _fresh(above / 2), _fresh(radius)
+    work.symbols = symbols + len(fresh_x) + len(fresh_d)
+    rounding = 2.0**-50 * (x.size() + above)
+    after = Zonotope(
+        x.centre * slope + above / 2,
+        torch.cat([x.padded(symbols) * slope, fresh_x]),
+        (x.rest * slope + rounding) * UP + TINY,
+    )
+    columns = d.padded(symbols) * p + x.padded(symbols) * q
+    rounding = 2.0**-50 * (d.size() + x.size() + radius + over.abs() + below.abs())
+    apart = Zonotope(
+        d.centre * p + x.centre * q + (over + below) / 2,
+        torch.cat([columns, torch.zeros_like(fresh_x), fresh_d]),
+        (d.rest * p + x.rest * q.abs() + rounding) * UP + TINY,
+    )
+    return _Pair(after, apart)
+
+
+def _chord(low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+    """Slope s and height t with s v <= relu(v) <= s v + t on [low, high]; any slope in [0, 1] is right with its t."""
     slope = torch.where(low >= 0, 1.0, torch.where(high <= 0, 0.0, high / (high - low)))
     above = torch.maximum(slope * -low, (1 - slope) * high).clamp_min(0) * UP
-    above = torch.where((low >= 0) | (high <= 0), 0.0, above)
-
-    below = torch.stack([-(-low).clamp_min(0), -high.clamp_min(0), -farthest / 2])
-    over = torch.stack([(-low_twin).clamp_min(0), high_twin.clamp_min(0), farthest / 2])
-    best = (over - below).argmin(0, keepdim=True)
-    slopes = torch.tensor([1.0, 0.0, 0.5], dtype=torch.float64)[best[0]]
-    below, over = below.gather(0, best)[0], over.gather(0, best)[0]
-
-    fresh_x, fresh_d = _fresh(above / 2), _fresh((over - below) / 2 * UP)
-    x = _scaled(x, slope, above / 2, above / 2, torch.cat([x.padded(symbols) * slope, fresh_x]))
-    columns = torch.cat([d.padded(symbols) * slopes, torch.zeros_like(fresh_x), fresh_d])
-    d = _scaled(d, slopes, (over + below) / 2, (over - below) / 2, columns)
-    work.symbols = symbols + len(fresh_x) + len(fresh_d)
-    return _Pair(x, d)
+    return slope, torch.where((low >= 0) | (high <= 0), 0.0, above)
 
 
 def _ends(value: Zonotope) -> tuple[Tensor, Tensor]:
@@ -348,11 +367,6 @@ def _fresh(radius: Tensor) -> Tensor:
     rows = torch.zeros(len(where), flat.numel(), dtype=torch.float64)
     rows[torch.arange(len(where)), where] = flat[where]
     return rows.reshape(len(where), *radius.shape[1:])
-
-
-def _scaled(value: Zonotope, slope: Tensor, shift: Tensor, radius: Tensor, generators: Tensor) -> Zonotope:
-    rounding = 2.0**-50 * (value.size() + shift.abs() + radius)
-    return Zonotope(value.centre * slope + shift, generators, (value.rest * slope + rounding) * UP + TINY)
 
 
 def _add(op: Op, moving: Sequence[_Pair], ours: Constants, theirs: Constants, work: _Work) -> _Pair:
