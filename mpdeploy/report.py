@@ -267,9 +267,21 @@ def _margins(bundle: BundleReader) -> dict[str, Any]:
         "engine": bundle.deploy if "engine" in rungs else "",
         "tables": tables,
         "tests": certificate.get("tests"),
+        "export_noise": bundle.results.get("export_noise"),
+        "proofs": _proofs(certificate.get("proofs")),
         "labels": STAGE_LABELS,
         "median": {"margin": certificate.get("margin_median"), "slack": certificate.get("slack_median")},
     }
+
+
+def _proofs(found: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Return what was tried to prove, one row per statement."""
+    if not found:
+        return {}
+    real, path = found["real_arithmetic"], found["data_path"]
+    labels = [("Dense and tuned network agree in real arithmetic", real)]
+    labels += [(f"Any {name} engine keeps the label", row) for name, row in found["envelope"].items()]
+    return {"samples": real["samples"], "labels": labels, **path}
 
 
 def _engines(bundle: BundleReader) -> dict[str, Any]:
