@@ -634,6 +634,9 @@ def check_weights(bundle: Bundle) -> str:
 def _check_layer(layer: Mapping[str, Any], states: Mapping[str, Mapping[str, Array]]) -> None:
     """Check one row of layers.json against the weights before and after tuning."""
     name, pattern, key = layer["name"], layer["pattern"], f"{layer['name']}.weight"
+    kind = "conv2d" if len(layer["shape"]) == 4 else "linear"
+    must(layer["kind"] == kind, f"{name} is stated as {layer['kind']}, its weight is that of a {kind}")
+    must_equal(layer["macs"], math.prod(layer["shape"]) * layer["positions"], f"{name}: macs")
     if not pattern:
         must(layer["reason"], f"{name} is dense and does not say why")
         must(not layer.get("bad_groups"), f"{name} is dense and states groups that break a pattern")
@@ -709,6 +712,7 @@ class Use:
     node: str
     op: str
     axis: int
+    groups: int
 
 
 def weight_uses(graph: Graph) -> list[Use]:
@@ -721,7 +725,8 @@ def weight_uses(graph: Graph) -> list[Use]:
                 axis = _summed_axis(node, graph.constants[name].ndim)
                 for turn in turns:
                     axis = turn[axis]
-                uses.append(Use(name, node.name or node.outputs[0], node.op, axis))
+                groups = node.numbers.get("group", [1])[0] if node.op == "Conv" else 1
+                uses.append(Use(name, node.name or node.outputs[0], node.op, axis, groups))
     return uses
 
 
@@ -811,6 +816,8 @@ def _check_entry(
     must(
         own[0].axis == entry["axis"], f"{where} has its inputs along axis {own[0].axis}, listed is axis {entry['axis']}"
     )
+    groups = layer.get("groups", own[0].groups)
+    must(groups == own[0].groups, f"{where} is multiplied in {own[0].groups} groups, layers.json has {groups}")
     must(np.isfinite(array).all(), f"{where} is not finite everywhere")
     if not sparse:
         if layer["pattern"] == UNSTRUCTURED:
@@ -845,6 +852,7 @@ def _check_twin(bundle: Bundle, name: str, uses: Sequence[Use]) -> str:
     """Check that the dense twin is the same graph: same operators in the same order, same weight shapes."""
     twin = name.replace("model", "dense", 1)
     own, other = bundle.graph(name), bundle.graph(twin)
+    _check_export_facts(bundle, twin, other)
     must(
         [node.op for node in own.nodes] == [node.op for node in other.nodes], f"{twin} has other operators than {name}"
     )
@@ -1102,8 +1110,7 @@ def _excused(bundle: Bundle, row: Mapping[str, Any]) -> bool:
         return True
     # Never called, called again with other inputs, in groups, or sharing its weight: there no pattern can be held.
     shared = any(other != key and np.array_equal(array, state[key]) for other, array in state.items())
-    nodes = [node for node in _exported(bundle).nodes if own and (node.name or node.outputs[0]) == own[0].node]
-    return shared or len(own) != 1 or nodes[0].numbers.get("group", [1]) != [1]
+    return shared or len(own) != 1 or own[0].groups != 1
 
 
 def _exported(bundle: Bundle) -> Graph:
@@ -1342,6 +1349,8 @@ def check_ledger(bundle: Bundle) -> str:
         raise Unchecked("the ledger is empty: no certification sample")
     columns = certified_columns(bundle)
     must((stated["samples"], stated["kept"]) == columns.kept.shape, "the certificate states another n or T")
+    classes = bundle.json("results.json")["validation"]["classes"]
+    must(stated["classes"] == classes, f"the certificate is about {stated['classes']} classes, results.json {classes}")
     must(
         stated["ids"] == bundle.json("calibration.json")["certification_ids"] and len(stated["ids"]) == n,
         "the ids of the certificate are not the certification ids in their order, one per row of the ledger",
@@ -1652,6 +1661,7 @@ def check_results(bundle: Bundle) -> str:
     n = len(samples["labels"])
     if n == 0:
         raise Unchecked("no validation image was run")
+    must(results["schema"] == 1, f"results.json is of schema {results['schema']}, this checker reads 1")
     stated, asked, confidence = results["validation"], _recipe(bundle), results["confidence"]
     wanted = asked["validate"]["confidence"]
     must(confidence == wanted, f"results.json has the confidence {confidence}, the recipe asks for {wanted}")
@@ -1843,6 +1853,7 @@ def _check_rule(bundle: Bundle, stated: Mapping[str, Any], clusters: Array, colu
 def _check_rule_file(bundle: Bundle, rule: Mapping[str, Any], classes: int) -> None:
     """Check what is given to whoever runs the engine."""
     own = bundle.json("abstain.json")
+    must(own["schema"] == 1, f"abstain.json is of schema {own['schema']}, this checker reads 1")
     must(own["classes"] == classes, f"abstain.json is about {own['classes']} classes, there are {classes}")
     for key in ("engine", "tau", "alpha", "confidence", "candidates"):
         must(own[key] == rule[key], f"abstain.json has {own[key]} as {key}, the rule {rule[key]}")
@@ -1923,7 +1934,9 @@ def check_latency(bundle: Bundle, row: Mapping[str, Any]) -> str:
     must_equal(stated["twin_median_ms"], 1e3 * float(np.median(twin)), "twin_median_ms")
     ratio = stated["ratio"]
     must_equal(ratio["value"], float(np.median(twin) / np.median(own)), "the ratio of the medians")
-    blocks = _recipe(bundle)["validate"]["blocks"]
+    asked = _recipe(bundle)["validate"]
+    blocks, calls = asked["blocks"], 2 * asked["blocks"] * asked["calls"]
+    must(own.size == calls, f"{own.size} calls of {name} are stored, the recipe asks for {calls}")
     low, high = ratio_interval(own, twin, blocks, confidence)
     must_equal(ratio["low"], low, "the ratio's low end")
     must_equal(ratio["high"], high, "the ratio's high end")
@@ -1938,7 +1951,6 @@ def check_latency(bundle: Bundle, row: Mapping[str, Any]) -> str:
 def ratio_interval(own: Floats, twin: Floats, blocks: int, confidence: float) -> tuple[float, float]:
     """Return the percentile interval of the ratio of medians over whole blocks, drawn with the published seed 0."""
     must(type(blocks) is int and blocks >= FEWEST_BLOCKS, f"{blocks} blocks are too few for an interval")
-    must(own.size % blocks == 0, f"{own.size} calls don't divide into {blocks} blocks")
     rng = np.random.default_rng(0)
     calls = np.arange(own.size).reshape(blocks, -1)
     draws = rng.integers(0, blocks, (RESAMPLES, blocks))
@@ -1962,6 +1974,8 @@ def _check_setting(bundle: Bundle, row: Mapping[str, Any]) -> None:
     """Check that batch and threads are ones the engine was built for."""
     stated, engine = row["latency"], bundle.json(f"engines/{row['id']}/engine.json")
     smallest_batch, _, largest = engine["batch"]
+    asked = min(_recipe(bundle)["validate"]["batch"], len(bundle.tensors("samples.safetensors")["labels"]))
+    must(stated["batch"] == asked, f"batch {stated['batch']} was timed, the recipe asks for {asked}")
     must(smallest_batch <= stated["batch"] <= largest, f"batch {stated['batch']} is outside of {engine['batch']}")
     must(
         stated["threads"] == engine["threads"], f"{stated['threads']} threads are stated, built for {engine['threads']}"
@@ -2003,6 +2017,7 @@ def _check_manifest(bundle: Bundle, folder: str) -> None:
     """Check one engine.json against the file beside it."""
     own = bundle.json(f"engines/{folder}/engine.json")
     file = f"engines/{folder}/{own['file']}"
+    must(own["schema"] == 1, f"engines/{folder}/engine.json is of schema {own['schema']}, this checker reads 1")
     must(file in bundle.files, f"engines/{folder}/engine.json names the file {own['file']}, which is not there")
     for key in ("sha256", "size"):
         must(own[key] == bundle.files[file][key], f"engines/{folder}/engine.json gives another {key} than {file} has")
@@ -2154,6 +2169,8 @@ def check_verdict(bundle: Bundle) -> str:
 
 
 DEFAULTS: dict[tuple[str, str], Any] = {
+    ("prune", "allocate"): None,
+    ("prune", "sparsity"): None,
     ("prune", "skip"): [],
     ("prune", "keep_stem_dense"): True,
     ("prune", "keep_head_dense"): True,
@@ -2161,7 +2178,9 @@ DEFAULTS: dict[tuple[str, str], Any] = {
     ("certify", "reserve"): 0.01,
     ("certify", "keep"): 16,
     ("certify", "reference"): 8,
+    ("validate", "batch"): 1,
     ("validate", "blocks"): 20,
+    ("validate", "calls"): 5,
     ("validate", "confidence"): 0.95,
     ("validate", "noise"): 64,
     ("validate", "alpha"): 0.01,

@@ -206,21 +206,23 @@ def skipped(draft):
     draft.ask("prune", skip=["f*"])
 
 
-def in_groups(draft):
-    """A convolution in groups has no input channels to choose from; for a Gemm the attribute means nothing."""
-    for file in draft.onnx:
-        node = next(node for node in draft.onnx[file].graph.node if node.name == "node_fc_product")
-        node.attribute.append(helper.make_attribute("group", 2))
-
-
-@pytest.mark.parametrize("excuse", [skipped, in_groups])
-def test_a_layer_may_stay_dense_for_a_reason_that_can_be_seen(excuse, draft, tmp_path):
+def test_a_layer_that_the_recipe_skips_stays_dense(draft, tmp_path):
     dense_for(draft, "fc")
-    excuse(draft)
+    skipped(draft)
     draft.rederive()
-    finding = said(verify_draft(draft, tmp_path), "layers")[0]
-    assert finding.verdict is HOLDS, finding
-    assert "1 of 4 layers" in finding.reason
+    findings = verify_draft(draft, tmp_path)
+    assert overall(findings) is HOLDS, show(findings)
+    assert "1 of 4 layers" in said(findings, "layers")[0].reason
+
+
+def test_a_convolution_in_groups_stays_dense(draft, tmp_path):
+    dense_for(draft, "mix", groups=2)
+    for file in draft.onnx:
+        node = next(node for node in draft.onnx[file].graph.node if node.name == "node_mix")
+        node.attribute.append(helper.make_attribute("group", 2))
+    draft.rederive()
+    findings = verify_draft(draft, tmp_path)
+    assert overall(findings) is HOLDS, show(findings)
 
 
 def test_a_weight_that_two_layers_share_may_stay_dense(draft, tmp_path):

@@ -620,6 +620,8 @@ def _made(seed: int, keep: int) -> Draft:
         "validate": {
             "deploy": CPU,
             "blocks": BLOCKS,
+            "batch": 1,
+            "calls": CALLS,
             "confidence": CONFIDENCE,
             "noise": 16,
             "alpha": ALPHA,

@@ -98,14 +98,34 @@ def a_pattern_that_does_not_fit(draft):
 
 @lie("weights", "groups of 4 don't fit along axis 1")
 def a_pattern_of_a_row(draft):
-    draft.json["layers.json"].append({**layer(draft, "fc"), "name": "ln", "shape": [8]})
+    draft.json["layers.json"].append({**layer(draft, "fc"), "name": "ln", "shape": [8], "macs": 8})
 
 
 @lie("weights", "groups of 4 don't fit along axis 1")
 def a_pattern_of_nothing(draft):
     for stage in ("dense", "pruned", "tuned"):
         weights(draft, stage)["none.weight"] = np.zeros((0, 8), np.float32)
-    draft.json["layers.json"].append({**layer(draft, "fc"), "name": "none", "shape": [0, 8]})
+    draft.json["layers.json"].append({**layer(draft, "fc"), "name": "none", "shape": [0, 8], "macs": 0})
+
+
+@lie("weights", "stem is stated as linear, its weight is that of a conv2d")
+def a_convolution_called_linear(draft):
+    layer(draft, "stem")["kind"] = "linear"
+
+
+@lie("weights", "mix: macs")
+def fewer_operations(draft):
+    layer(draft, "mix")["macs"] -= 1
+
+
+@lie("graph:model.onnx", "is multiplied in 1 groups, layers.json has 2")
+def groups_that_are_not_there(draft):
+    layer(draft, "stem")["groups"] = 2
+
+
+@lie("graph:model.onnx", "dense.onnx has opset 20, export.json says 21")
+def another_opset_of_the_twin(draft):
+    draft.json["export.json"]["files"]["dense.onnx"]["opset"] = 21
 
 
 @lie("weights", "gives a reason why it is not")
@@ -157,7 +177,7 @@ def a_folded_layer_left_dense_for_no_reason(draft):
 
 @lie("layers", "mix stays dense")
 def the_second_layer_passed_off_as_the_stem(draft):
-    layer(draft, "stem")["positions"] = 0
+    layer(draft, "stem").update(positions=0, macs=0)
     layer(draft, "mix").update(pattern="", reason="It is the stem.", density=None)
 
 

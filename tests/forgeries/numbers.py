@@ -321,6 +321,21 @@ def swapped_sample_ids(draft):
     certificate(draft)["ids"] = [ids[1], ids[0], *ids[2:]]
 
 
+@lie("ledger", "about 13 classes, results.json 12")
+def a_certificate_of_more_classes(draft):
+    certificate(draft)["classes"] = 13
+
+
+@lie("results", "is of schema 2")
+def results_of_another_schema(draft):
+    draft.json["results.json"]["schema"] = 2
+
+
+@lie("disagreement", "abstain.json is of schema 2")
+def a_rule_file_of_another_schema(draft):
+    draft.json["abstain.json"]["schema"] = 2
+
+
 @lie("ledger", "not the certification ids in their order")
 def an_id_too_many(draft):
     certificate(draft)["ids"] = draft.json["calibration.json"]["certification_ids"] = [
@@ -1141,17 +1156,23 @@ def no_call_at_all(draft):
 
 @lie(f"latency:{CPU}", "too few for an interval")
 def one_block_has_no_spread(draft):
-    lock(draft)["validate"]["blocks"] = 1
+    lock(draft)["validate"].update(blocks=1, calls=30)
 
 
-@lie(f"latency:{CPU}", "don't divide into 7 blocks")
-def blocks_that_do_not_fit(draft):
+@lie(f"latency:{CPU}", "60 calls of .* are stored, the recipe asks for 70")
+def blocks_that_were_not_timed(draft):
     lock(draft)["validate"]["blocks"] = 7
+
+
+@lie(f"latency:{CPU}", "batch 8 was timed, the recipe asks for 1")
+def another_batch_than_asked(draft):
+    latency(draft)["batch"] = 8
 
 
 @lie(f"latency:{CPU}", "is outside of")
 def a_batch_the_engine_was_not_built_for(draft):
-    latency(draft)["batch"] = 128
+    draft.ask("validate", batch=100)
+    latency(draft)["batch"] = 100
 
 
 @lie(f"latency:{CPU}", "threads are stated")

@@ -24,6 +24,11 @@ def an_engine_outside_of_its_folder(draft):
     engine_json(draft)["file"] = "../../model.onnx"
 
 
+@lie("engines", "is of schema 2")
+def an_engine_of_another_schema(draft):
+    engine_json(draft)["schema"] = 2
+
+
 @lie("engines", "was asked for int8 and is fp32")
 def a_silent_fallback(draft):
     engine_json(draft)["asked"]["precision"] = "int8"
