@@ -7,8 +7,9 @@ the pair error is to first order
 
     sigma_j^2 = sum_k sum_i (a_kj,i u_k,i)^2 / 3 ,
 
-one backward pass per pair. Rounding errors are in truth functions of the data: independence is assumed, not proved. On
-the engines that were run (tests/test_noise_floor.py) the root mean square of measured / sigma lies between 0.3 and 1.5.
+one backward pass per pair. Rounding errors are in truth functions of the data: independence is assumed, not proved, and
+equal values, such as the patches of an empty background, make equal errors, so that sigma is too small there. On the
+engines that were run (tests/test_noise_floor.py) the root mean square of measured / sigma lies between 0.3 and 1.5.
 
 The reference that errors are measured from is the same graph in float64 (`exact_logits`): constants that the file
 stores in float16 or int8 are already rounded there, and clipping by QuantizeLinear is part of the graph. What is left
