@@ -27,8 +27,8 @@ float32, 2^-11 for float16, 2^-8 for bfloat16) and v the value:
   A kernel that adds all terms in one chain reaches up to twice that where most terms have the same sign.
 * softmax and layer norm divide a row by one number: an error in it moves the whole row, so its adjoint is summed over
   the row before it is squared.
-* tf32: the operands of a product are rounded with u = 2^-11 before it, whoever reads them elsewhere. Hardware that drops
-  the bits instead lies beyond this: simulated, 3.4 sigma.
+* tf32: the operands of a product are rounded with u = 2^-11 before it, whoever reads them elsewhere. Hardware that
+  drops the bits instead lies beyond this: simulated, 3.4 sigma.
 * int8: half a step at each QuantizeLinear that doesn't saturate. The sums of products of int8 are exact.
 
 Exact zeros (of a ReLU, of padding) carry no error.
@@ -223,7 +223,8 @@ def rms_limit(samples: int, delta: float) -> float:
     variance of at most sigma^2; for m independent ones P(mean of squares >= r) <= (sqrt(r) exp((1 - r) / 2))^m
     (Chernoff). Errors of different samples are not independent, since they meet the same weights: m is taken as a
     tenth of the samples, which is a choice. The 1.5 is calibration: of engines without a defect ONNX Runtime measured
-    0.5 to 1.0 in float32 and float16 and 0.7 to 1.4 in int8, torch's own kernels 0.3 to 1.6 (above 1.5 on one untrained MobileNet).
+    0.5 to 1.0 in float32 and float16 and 0.7 to 1.4 in int8, torch's own kernels 0.3 to 1.6
+    (above 1.5 on one untrained MobileNet).
     """
     wanted = np.log(delta) / max(1.0, samples / 10)
     low, high = 1.0, 1e6
