@@ -1661,7 +1661,7 @@ def check_results(bundle: Bundle) -> str:
     n = len(samples["labels"])
     if n == 0:
         raise Unchecked("no validation image was run")
-    must(results["schema"] == 1, f"results.json is of schema {results['schema']}, this checker reads 1")
+    must(results["schema"] == 2, f"results.json is of schema {results['schema']}, this checker reads 2")
     stated, asked, confidence = results["validation"], _recipe(bundle), results["confidence"]
     wanted = asked["validate"]["confidence"]
     must(confidence == wanted, f"results.json has the confidence {confidence}, the recipe asks for {wanted}")

@@ -508,7 +508,7 @@ def derive_results(draft: Draft) -> None:
         "noise_floor": formulas.noise(samples[f"engine.{CPU}.sigma"], samples[f"engine.{CPU}.error"], 0.01),
     }
     draft.json["results.json"] = {
-        "schema": 1,
+        "schema": 2,
         "confidence": CONFIDENCE,
         "validation": {"samples": n, "classes": CLASSES},
         "dense_top1": formulas.interval(sum(dense_right), n),

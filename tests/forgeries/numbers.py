@@ -326,9 +326,9 @@ def a_certificate_of_more_classes(draft):
     certificate(draft)["classes"] = 13
 
 
-@lie("results", "is of schema 2")
+@lie("results", "is of schema 1")
 def results_of_another_schema(draft):
-    draft.json["results.json"]["schema"] = 2
+    draft.json["results.json"]["schema"] = 1
 
 
 @lie("disagreement", "abstain.json is of schema 2")
