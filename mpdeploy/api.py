@@ -26,6 +26,7 @@ from mpdeploy.verify import Finding, Unreadable, verify
 if TYPE_CHECKING:
     from torch import nn
 
+    from mpdeploy.certify.noise_floor import Precision
     from mpdeploy.pairs import Pair, Proofs
     from mpdeploy.spectra import Spectra
 
@@ -191,6 +192,7 @@ def certify_pair(
     keep: int = 16,
     confidence: float = 0.95,
     candidates: int = 1,
+    noise: "Precision | None" = None,
     proofs: "Proofs | None" = None,
     out: str | Path | None = None,
     watcher: Watcher | None = None,
@@ -209,6 +211,7 @@ def certify_pair(
         keep: classes kept of each sample.
         confidence: of every interval and bound.
         candidates: how many networks B was chosen from on these same samples.
+        noise: "fp32", "tf32", "fp16", "bf16" or "int8": hold B's error against what that precision explains.
         proofs: which proofs to try on a few of them, see `mpdeploy.pairs.Proofs`.
         out: a folder for certificate.json and ledger.safetensors; None writes none.
         watcher: who wants to know how it goes.
@@ -230,6 +233,7 @@ def certify_pair(
             keep=keep,
             confidence=confidence,
             candidates=candidates,
+            noise=noise,
             proofs=proofs,
             progress=lambda d, t: watcher.progress("running both networks", d, t),
         )

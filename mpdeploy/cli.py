@@ -10,8 +10,9 @@ import json
 import os
 import sys
 import traceback
+from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 import typer
 
@@ -36,6 +37,16 @@ SetOpt = Annotated[list[str] | None, typer.Option("--set", metavar="TABLE.KEY=VA
 StoreOpt = Annotated[Path | None, typer.Option("--store", help="Artefact store [$MPDEPLOY_STORE, .mpdeploy].")]
 JsonOpt = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 ToOpt = Annotated[str | None, typer.Option("--to", metavar="STAGE", help="Stop after this stage.")]
+
+
+class Precision(StrEnum):
+    """Precisions with a noise floor."""
+
+    fp32 = "fp32"
+    tf32 = "tf32"
+    fp16 = "fp16"
+    bf16 = "bf16"
+    int8 = "int8"
 
 
 def _version(value: bool) -> None:
@@ -143,6 +154,9 @@ def certify(
     candidates: Annotated[
         int, typer.Option("--candidates", min=1, help="Networks that B was chosen from on these same samples.")
     ] = 1,
+    noise: Annotated[
+        Precision | None, typer.Option("--noise", help="Hold B's error against what this precision explains.")
+    ] = None,
     proofs: Annotated[int, typer.Option("--proofs", min=0, help="Samples on which to try proofs; seconds each.")] = 0,
     ball: Annotated[
         float | None, typer.Option("--ball", metavar="EPS", help="With --proofs: compare ReLU networks on balls too.")
@@ -163,7 +177,8 @@ def certify(
         pair = api.certify_pair(
             a, b, data=data, split=split, samples=samples, seed=seed, preprocessing=preprocessing,
             args=parse_args(args or []), keep=keep, confidence=confidence, candidates=candidates, out=out,
-            proofs=Proofs(proofs, ball=ball) if proofs else None, watcher=watcher,
+            noise=cast(Any, noise and noise.value), proofs=Proofs(proofs, ball=ball) if proofs else None,
+            watcher=watcher,
         )  # fmt: skip
     if as_json:
         _print_json(pair.facts)

@@ -9,7 +9,7 @@ The same ledger as a recipe's, with two stages: A is the reference, B is what be
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,10 +21,16 @@ from mpdeploy.errors import StageFailed
 from mpdeploy.runnable import Inputs, Runnable, check_same_input
 from mpdeploy.stages.environment import versions
 from mpdeploy.stages.images import strict_float32
+from mpdeploy.stages.validate import noise_of
+
+if TYPE_CHECKING:
+    from mpdeploy.certify.noise_floor import Precision
 
 Progress = Callable[[int, int], None]
 REFERENCE = 8
 """Samples on which A is run in float64 too, to tell what float32 costs the reference."""
+NOISE = 64
+"""Samples on which a noise floor is computed."""
 TARGET = 0.01
 """Of the disagreement on unseen inputs; how many samples it would take is told."""
 
@@ -74,6 +80,7 @@ def compare(
     keep: int,
     confidence: float,
     candidates: int,
+    noise: "Precision | None" = None,
     proofs: Proofs | None = None,
     progress: Progress,
 ) -> Pair:
@@ -86,6 +93,7 @@ def compare(
         keep: classes kept of each sample.
         confidence: of every interval and bound.
         candidates: how many networks B was chosen from on these same samples (Bonferroni).
+        noise: hold B's error against what this precision explains; None for not.
         proofs: which proofs to try, None for none.
         progress: told (done, total).
 
@@ -113,10 +121,21 @@ def compare(
     kept = ledger.rows.kept_classes
     gap = None if exact is None or plain is None else reference_gap(exact, plain)
     facts = _facts(a, b, inputs, ledger, gap, int(logits["a"].shape[1]), confidence, candidates)
+    if noise is not None:
+        facts["noise_floor"] = _noise_floor(a, b, inputs, noise)
     if proofs is not None:
         facts["proofs"] = _proved(a, b, inputs, ledger, proofs)
     none = np.empty((0, kept.shape[1] + 1))
     return Pair(ledger, facts, none if exact is None else columns(exact, kept[: len(exact)], np.float64))
+
+
+def _noise_floor(a: Runnable, b: Runnable, inputs: Inputs, precision: "Precision") -> dict[str, Any]:
+    """Hold B's difference to A in float64 against the noise floor of B's graph, of A's where B is a built engine."""
+    graph = b.program or a.program
+    if graph is None or a.exact is None:
+        return {"why_not": f"{a.name} and {b.name} are built engines: there is no graph to compute a noise floor of."}
+    few = inputs.load(np.arange(min(NOISE, len(inputs.ids)), dtype=np.int64))
+    return noise_of(graph(), precision, few, b.run(few), a.exact(few)).facts
 
 
 def _proved(a: Runnable, b: Runnable, inputs: Inputs, ledger: Ledger, asked: Proofs) -> dict[str, Any]:

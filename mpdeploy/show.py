@@ -221,6 +221,8 @@ def pair_tables(pair: "Pair") -> None:
     shares = (_share(spent["share_median"]), _share(spent["share_p99"]))
     made.add_row("A -> B", _short(spent["eps_inf_max"]), _short(spent["eps_inf_median"]), *shares)
     out.print(made, "")
+    if noise := facts.get("noise_floor"):
+        out.print(noise.get("reason") or noise["why_not"], "")
     if "proofs" in facts:
         out.print(_proof_table(facts["proofs"]), "")
     for name, own in facts.get("top1", {}).items():

@@ -7,6 +7,7 @@ import numpy as np
 import onnx
 import pytest
 from conftest import QUICKSTART
+from defects import layer_norm_epsilon
 from onnx import TensorProto, helper, numpy_helper
 from runtime_networks import SIZE, images, vit_onnx
 from safetensors.numpy import load_file
@@ -183,3 +184,34 @@ def test_an_opened_network_takes_any_number_of_images(folder):
         many = network.run(np.concatenate([images(24)] * 4))
         assert many.shape == (96, 10)
         np.testing.assert_allclose(many[:24], network.run(images(24)), atol=1e-5)
+
+
+def test_an_error_is_held_against_the_noise_floor(call, folder, tmp_path):
+    """The same file is within; one whose LayerNorm has another epsilon keeps its labels and is beyond."""
+    onnx.save(layer_norm_epsilon(onnx.load(folder / "fp32.onnx")), folder / "planted.onnx")
+    code, out, err = call("fp32.onnx", "fp32.onnx", "--data", "inputs.npy", "--noise", "fp32", "--json")
+    clean = json.loads(out)["noise_floor"]
+    assert code == 0 and clean["verdict"] == "within" and 0.1 < clean["ratio_rms"] < 1.5, err
+    code, out, err = call("fp32.onnx", "planted.onnx", "--data", "inputs.npy", "--noise", "fp32", "--json")
+    facts = json.loads(out)
+    assert facts["noise_floor"]["verdict"] == "beyond" and facts["tests"]["pairwise"] > 20, err
+
+
+def test_proofs_of_two_foreign_files(call, tmp_path):
+    rng = np.random.default_rng(0)
+    weight = rng.normal(size=(int(np.prod(SIZE)), 5))
+    np.save(tmp_path / "inputs.npy", rng.normal(size=(4, *SIZE)).astype(np.float32))
+    a, b = (
+        linear(tmp_path / "a.onnx", weight),
+        linear(tmp_path / "b.onnx", weight + 1e-4 * rng.normal(size=weight.shape)),
+    )
+    code, out, err = call(a, b, "--data", tmp_path / "inputs.npy", "--proofs", "3", "--ball", "1e-4", "--json")
+    assert code == 0, err
+    proofs = json.loads(out)["proofs"]
+    assert proofs["real_arithmetic"]["certified"] == 3
+    assert proofs["envelope"]["fp32"]["certified"] == 3 and proofs["ball"]["same"] == 3
+    claims = {claim["name"]: claim for claim in proofs["data_path"]["claims"]}
+    assert claims["ce_path"]["holds"] and claims["ce_path"]["status"] == "proved"
+    assert not claims["zero_budget"]["holds"]
+    code, out, _ = call(a, b, "--data", tmp_path / "inputs.npy", "--proofs", "3", "--ball", "1e-4")
+    assert code == 0 and "both networks agree in real arithmetic" in out and "same label on the whole ball" in out

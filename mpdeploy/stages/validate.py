@@ -301,16 +301,23 @@ def _noise(given: Given, chain: Sessions, engines: Sessions, images: Logits, siz
 
     tuned, onnx = (_in_batches(chain[stage], images, size) for stage in ("tuned", "onnx"))
     given.progress("computing noise floors", 0, 1 + len(engines))
-    found = {"onnx": noise_of(read_program(exported_file(given)), "fp32", images, onnx, tuned)}
+    found = {"onnx": noise_of(read_program(exported_file(given)), "fp32", images, onnx, tuned, executions=2)}
     for name, session in engines.items():
         given.progress("computing noise floors", len(found), 1 + len(engines))
         program, declared = read_program(_built_from(given, name)), _manifest(given, name)["precision"]
-        found[name] = noise_of(program, declared, images, _in_batches(session, images, size), None)
+        found[name] = noise_of(program, declared, images, _in_batches(session, images, size))
     given.progress("computing noise floors", len(found), len(found))
     return found
 
 
-def noise_of(program: "Program", precision: "Precision", images: Logits, after: Logits, before: Logits | None) -> Noise:
+def noise_of(
+    program: "Program",
+    precision: "Precision",
+    images: Logits,
+    after: Logits,
+    before: NDArray[Any] | None = None,
+    executions: int = 1,
+) -> Noise:
     """Measure one stage's error and compute the noise floor that it is held against.
 
     Args:
@@ -318,13 +325,13 @@ def noise_of(program: "Program", precision: "Precision", images: Logits, after: 
         precision: what the stage declares.
         images: float32 [n, C, H, W].
         after: the stage's logits, [n, K].
-        before: those of the stage before, in the same precision; None for the graph itself in float64.
+        before: those of the stage before, [n, K]; None for the graph itself in float64.
+        executions: how many rounded runs lie between the two: 2 where `before` was run in the same precision.
     """
     from mpdeploy.certify.noise_floor import exact_logits, flip_bounds, judge, noise_floor, pair_errors
 
     floor = noise_floor(program, images, precision=precision)
     error = pair_errors(after, exact_logits(program, images) if before is None else before, floor)
-    executions = 1 if before is None else 2
     judged = judge(error, floor, delta=NOISE_DELTA, executions=executions)
     kinds = sorted(floor.kinds.items(), key=lambda item: -item[1])[:MOST_KINDS]
     return Noise(
