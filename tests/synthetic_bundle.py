@@ -4,21 +4,26 @@ Only tests of what reads a bundle use it. Everything is drawn from one seed and 
 bundle, so that a reader which recomputes a number finds the one that is written.
 """
 
+import copy
 import hashlib
 import json
-from itertools import pairwise
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from forgeries import formulas
 from safetensors.numpy import save_file
-from scipy.stats import beta
 
 from mpdeploy.pruning.spectrum import fit
 
 STAGES = ("source", "prune", "tune", "certify", "export", "build", "validate")
 CLASSES = ("T-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot")
 DEPLOY = "onnxruntime-cpu-int8"
+MEASURED = (DEPLOY, "onnxruntime-cpu-fp32")
+CERTIFICATION, VALIDATION, KEEP, RESERVE = 400, 600, 8, 0.01
+LADDER = ("dense", "pruned", "tuned")
+ALPHA = 0.01
 RECIPE = """\
 schema = 1
 name = "{name}"   # <script>alert("a comment in a recipe")</script>
@@ -33,20 +38,23 @@ pattern = "2:4"
 """
 
 
-def interval(correct: int, n: int) -> dict[str, Any]:
-    """Clopper-Pearson at 95 %."""
-    low = float(beta.ppf(0.025, correct, n - correct + 1)) if correct else 0.0
-    high = float(beta.ppf(0.975, correct + 1, n - correct)) if correct < n else 1.0
-    return {"correct": correct, "n": n, "value": correct / n, "low": low, "high": high}
-
-
-def slack(z: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """z_y minus the best rival, per sample."""
+def slack(z: np.ndarray) -> np.ndarray:
+    """Of kept columns [n, T + 1] the dense label's logit minus the best other one."""
     z = z.astype(np.float64)
-    rows = np.arange(len(z))
-    rivals = z.copy()
-    rivals[rows, y] = -np.inf
-    return z[rows, y] - rivals.max(1)
+    return z[:, 0] - z[:, 1:].max(1)
+
+
+def right(z: np.ndarray, kept: np.ndarray, labels: np.ndarray) -> list[bool]:
+    """Which samples are given their true label, of kept columns [n, T + 1]."""
+    return [bool(formulas.decision(a, b) == c) for a, b, c in zip(z, kept, labels, strict=True)]
+
+
+def noise(sigma: np.ndarray, error: np.ndarray, precision: str) -> dict[str, Any]:
+    """The row of a noise floor, with what only the report tells."""
+    row = formulas.noise(sigma, error, 0.01)
+    reason = f"The pair error is {row['ratio_rms']:.2f} sigma (rms): {row['verdict']} what {precision} explains."
+    more = {"expected_flips": 0.02, "spent_on": {"MatMul": 0.7, "Softmax": 0.3}}
+    return {**row, **more, "precision": precision, "reason": reason}
 
 
 def write(folder: Path, name: str, value: object) -> None:
@@ -79,60 +87,132 @@ def seal(folder: Path) -> None:
     write(folder, "manifest.json", manifest)
 
 
-def ledger(z: dict[str, np.ndarray], labels: np.ndarray, share: float) -> dict[str, np.ndarray]:
-    """The arrays of ledger.safetensors from the logits of each stage."""
-    y = z["dense"].argmax(1)
-    last = slack(z["tuned"], y)
-    reserve = share * (z["dense"].max(1) - z["dense"].min(1)).astype(np.float64)
-    verdict = np.where(last > reserve, 2, np.where(last > 0, 1, 0)).astype(np.uint8)
-    return {
-        "labels": labels,
-        **{k: v.astype(np.float32) for k, v in z.items()},
-        "dense_label": y.astype(np.int64),
-        "margin": slack(z["dense"], y),
-        "slack": last,
-        "reserve": reserve,
-        "verdict": verdict,
-    }
-
-
-def spent(rungs: dict[str, np.ndarray]) -> list[dict[str, Any]]:
-    """Per stage after the first, what certificate.json and results.json say it spent."""
-    names = list(rungs)
-    dense, final = rungs[names[0]].astype(np.float64), rungs[names[-1]].astype(np.float64)
-    y = dense.argmax(1)
-    rows = np.arange(len(y))
-    out = []
-    for before, after in pairwise(names):
-        change = rungs[after].astype(np.float64) - rungs[before]
-        pair = change - change[rows, y][:, None]
-        margins = dense[rows, y][:, None] - dense
-        margins[rows, y] = np.inf
-        share = np.where(margins == np.inf, -np.inf, pair / margins).max(1)
-        lost = slack(final, y) <= 0
-        eps = np.abs(change).max(1)
-        out.append(
-            {
-                "stage": after,
-                "eps_inf_median": float(np.median(eps)),
-                "eps_inf_max": float(eps.max()),
-                "share_median": float(np.median(share)),
-                "share_p99": float(np.percentile(share, 99)),
-                "flips_alone": int((slack(dense + change, y) <= 0).sum()),
-                "flips_but_for": int((lost & (slack(final - change, y) > 0)).sum()),
-            }
-        )
-    return out
-
-
 def draw_logits(rng: np.random.Generator, n: int) -> tuple[dict[str, np.ndarray], np.ndarray]:
-    """Logits of dense, pruned and tuned [n, 10] and labels that the dense network mostly gets right."""
+    """Logits of dense, pruned, tuned and exported [n, 10] and labels that the dense network mostly gets right."""
     labels = rng.integers(0, 10, n)
     dense = rng.normal(0, 1.6, (n, 10)).astype(np.float32)
     dense[np.arange(n), labels] += rng.gamma(5.0, 1.5, n).astype(np.float32)
     pruned = (0.88 * dense + rng.normal(0, 0.7, dense.shape)).astype(np.float32)
     tuned = (dense + 0.55 * (pruned - dense) + rng.normal(0, 0.1, dense.shape)).astype(np.float32)
-    return {"dense": dense, "pruned": pruned, "tuned": tuned}, labels
+    exported = (tuned + rng.normal(0, 1e-6, dense.shape)).astype(np.float32)
+    return {"dense": dense, "pruned": pruned, "tuned": tuned, "onnx": exported}, labels
+
+
+@cache
+def _certified(seed: int) -> tuple[dict[str, np.ndarray], dict[str, Any], dict[str, np.ndarray]]:
+    """ledger.safetensors, certificate.json but for what it is bound to, and the engines' logits of its samples."""
+    rng = np.random.default_rng([seed, 1])
+    z, labels = draw_logits(rng, CERTIFICATION)
+    z.pop("onnx")
+    columns = formulas.ledger_columns(labels, z, KEEP)
+    verdict = formulas.verdicts(columns, RESERVE)
+    exact = z["dense"][:8].astype(np.float64) + rng.normal(0, 1e-6, (8, 10))
+    margin, left = slack(columns["logits"][:, 0]), slack(columns["logits"][:, -1])
+    kept, moved = columns["kept_classes"], columns["displacement"]
+    certificate = {
+        "schema": 2,
+        "samples": CERTIFICATION,
+        "classes": 10,
+        "kept": kept.shape[1],
+        "reserve": RESERVE,
+        "stages": list(LADDER),
+        "counts": {kind: int((verdict == at).sum()) for at, kind in enumerate(("flipped", "kept", "certified"))},
+        "tests": {
+            "pairwise": int((left > 0).sum()),
+            "span": int((moved[:, 1] < margin).sum()),
+            "two_inf": int((2 * moved[:, 0] < margin).sum()),
+        },
+        "top1": {stage: sum(right(columns["logits"][:, at], kept, labels)) for at, stage in enumerate(LADDER)},
+        "margin_median": float(np.median(margin)),
+        "slack_median": float(np.median(left)),
+        "reference": formulas.reference(exact, z["dense"][:8]),
+        "spent": formulas.spent(list(LADDER), columns),
+        "zero_budget": {},
+    }
+    ledger = {**columns, "verdict": verdict, "reference": formulas.at_kept(exact, kept[:8], np.float64)}
+    noises = zip(MEASURED, (0.06, 1e-5), strict=True)
+    there = {name: (z["tuned"] + rng.normal(0, e, z["tuned"].shape)).astype(np.float32) for name, e in noises}
+    return ledger, certificate, {name: formulas.at_kept(own, kept) for name, own in there.items()}
+
+
+@cache
+def _measured(seed: int) -> tuple[dict[str, np.ndarray], list[dict[str, Any]], dict[str, Any], dict[str, Any]]:
+    """samples.safetensors, rows of results.json, the networks' own top-1, and disagreement.json."""
+    rng = np.random.default_rng([seed, 2])
+    z, labels = draw_logits(rng, VALIDATION)
+    noises = zip(MEASURED, (0.06, 1e-5), strict=True)
+    engines = {name: (z["onnx"] + rng.normal(0, e, z["onnx"].shape)).astype(np.float32) for name, e in noises}
+    columns = formulas.ledger_columns(labels, z, KEEP, tuple(engines.values()))
+    kept = columns["kept_classes"]
+    samples = {key: columns[key] for key in ("labels", "kept_classes", "logits", "eps", "share")}
+    ledger, certificate, there = _certified(seed)
+    dense_right = right(columns["logits"][:, 0], kept, labels)
+    samples |= {"onnx.sigma": rng.uniform(1e-6, 2e-6, 64)}
+    samples |= {"onnx.error": samples["onnx.sigma"] * rng.normal(0, 0.5, 64)}
+    rows = []
+    for (name, logits), speed in zip(engines.items(), (1.9, 1.01), strict=True):
+        own = formulas.at_kept(logits, kept)
+        eps = np.array([formulas.eps_of(a, b) for a, b in zip(z["onnx"], logits, strict=True)])
+        steps = zip(z["dense"], z["onnx"], logits, kept[:, 0], strict=True)
+        share = np.array([formulas.share_of(d, a, b, int(y)) for d, a, b, y in steps])
+        twin = 0.0061 * rng.gamma(60, 1 / 60, 400) + 0.001 * (rng.random(400) < 0.02)
+        times = 0.0061 / speed * rng.gamma(60, 1 / 60, 400)
+        sigma = rng.uniform(1e-4, 2e-4, 64)
+        error = sigma * rng.normal(0, 0.6, 64)
+        samples |= {f"engine.{name}": own, f"engine.{name}.eps": eps, f"engine.{name}.share": share}
+        samples |= {f"engine.{name}.sigma": sigma, f"engine.{name}.error": error, f"certification.{name}": there[name]}
+        samples |= {f"latency.{name}": times, f"latency.{name}.dense": twin}
+        longer = {
+            "logits": np.concatenate([columns["logits"], own[:, None]], axis=1),
+            "eps": np.concatenate([columns["eps"], eps[:, None]], axis=1),
+            "share": np.concatenate([columns["share"], share[:, None]], axis=1),
+        }
+        own_right = right(own, kept, labels)
+        lost = ~(slack(there[name]) > 0)
+        broken = np.flatnonzero(lost & (ledger["verdict"] == 2))
+        ratio = float(np.median(twin) / np.median(times))
+        rows.append(
+            {
+                "id": name,
+                "status": "measured",
+                "why_not": "",
+                "top1": formulas.interval(sum(own_right), VALIDATION),
+                "agreement": formulas.interval(int((slack(own) > 0).sum()), VALIDATION),
+                "flips": formulas.flips(dense_right, own_right),
+                "certified": {
+                    "n": certificate["counts"]["certified"],
+                    "violations": len(broken),
+                    "violating_ids": [f"train/{1000 + i:05d}" for i in broken],
+                    "kept_broken": int((lost & (ledger["verdict"] == 1)).sum()),
+                },
+                "spent": formulas.spent([*LADDER, "onnx", "engine"], longer),
+                "finite": True,
+                "batch_consistent": True,
+                "noise_floor": noise(sigma, error, name.rpartition("-")[2]),
+                "latency": {
+                    "batch": 1,
+                    "threads": 1,
+                    "twin": f"{name}.dense",
+                    "calls": 400,
+                    "median_ms": 1e3 * float(np.median(times)),
+                    "p90_ms": 1e3 * float(np.percentile(times, 90)),
+                    "p99_ms": 1e3 * float(np.percentile(times, 99)),
+                    "twin_median_ms": 1e3 * float(np.median(twin)),
+                    "ratio": {"value": ratio, "low": 0.98 * ratio, "high": 1.02 * ratio},
+                    "verdict": "faster" if ratio > 1.05 else "same",
+                },
+            }
+        )
+    tuned_right = right(columns["logits"][:, 2], kept, labels)
+    top1 = {"dense": formulas.interval(sum(dense_right), VALIDATION)}
+    top1["tuned"] = formulas.interval(sum(tuned_right), VALIDATION)
+    logits = {name: samples[f"engine.{name}"] for name in MEASURED}
+    ids = list(range(VALIDATION))
+    unseen = formulas.disagreement(logits, DEPLOY, ALPHA, certificate["margin_median"], 0.95, len(MEASURED), ids)
+    for row in unseen["engines"].values():
+        row["statement"] = f"At most {100 * row['upper']:.2f} % of labels differ on unseen images."
+    unseen["rule"]["statement"] = f"Above the margin at most {100 * ALPHA:.0f} % differ."
+    return samples, rows, top1, unseen
 
 
 def two_of_four(weight: np.ndarray) -> np.ndarray:
@@ -219,6 +299,7 @@ def write_engines(rng: np.random.Generator, out: Path) -> None:
                 "asked": asked,
                 "read_back": {**asked, "provider": "CPUExecutionProvider" if here else "none"},
                 "versions": {runtime: "1.2.3"},
+                "source": {"file": "dense.onnx" if suffix else "model.onnx", "onnx": digest(out / "model.onnx")},
                 "batch": [1, 8, 64],
                 "threads": 1,
                 "runnable_here": here,
@@ -228,72 +309,34 @@ def write_engines(rng: np.random.Generator, out: Path) -> None:
             write(folder, "engine.json", manifest)
 
 
-def write_results(rng: np.random.Generator, out: Path, certification: dict[str, np.ndarray], claim: np.ndarray) -> None:
-    """results.json, samples.safetensors and verdict.json."""
-    z, labels = draw_logits(rng, 600)
-    y = z["dense"].argmax(1)
-    n, y0 = len(y), certification["dense"].argmax(1)
-    samples: dict[str, np.ndarray] = {"labels": labels, "dense": z["dense"], "tuned": z["tuned"]}
-    rows: list[dict[str, Any]] = []
-    for name, noise, speed in ((DEPLOY, 0.06, 1.9), ("onnxruntime-cpu-fp32", 1e-5, 1.01)):
-        logits = (z["tuned"] + rng.normal(0, noise, z["tuned"].shape)).astype(np.float32)
-        there = (certification["tuned"] + rng.normal(0, noise, certification["tuned"].shape)).astype(np.float32)
-        twin = 0.0061 * rng.gamma(60, 1 / 60, 400) + 0.001 * (rng.random(400) < 0.02)
-        times = 0.0061 / speed * rng.gamma(60, 1 / 60, 400)
-        samples |= {f"engine.{name}": logits, f"certification.{name}": there}
-        samples |= {f"latency.{name}": times, f"latency.{name}.dense": twin}
-        got = logits.argmax(1)
-        broken = np.flatnonzero((claim == 2) & (there.argmax(1) != y0))
-        ratio = float(np.median(twin) / np.median(times))
-        rows.append(
-            {
-                "id": name,
-                "status": "measured",
-                "why_not": "",
-                "top1": interval(int((got == labels).sum()), n),
-                "agreement": interval(int((got == y).sum()), n),
-                "flips": {
-                    "dense_right_engine_wrong": int(((y == labels) & (got != labels)).sum()),
-                    "dense_wrong_engine_right": int(((y != labels) & (got == labels)).sum()),
-                    "mcnemar_p": 0.21,
-                },
-                "certified": {
-                    "n": int((claim == 2).sum()),
-                    "violations": len(broken),
-                    "violating_ids": [f"train/{i:05d}" for i in broken],
-                    "kept_broken": 1,
-                },
-                "spent": spent({**z, "engine": logits}),
-                "finite": True,
-                "batch_consistent": True,
-                "latency": {
-                    "batch": 1,
-                    "threads": 1,
-                    "twin": f"{name}.dense",
-                    "calls": 400,
-                    "median_ms": 1e3 * float(np.median(times)),
-                    "p90_ms": 1e3 * float(np.percentile(times, 90)),
-                    "p99_ms": 1e3 * float(np.percentile(times, 99)),
-                    "twin_median_ms": 1e3 * float(np.median(twin)),
-                    "ratio": {"value": ratio, "low": 0.98 * ratio, "high": 1.02 * ratio},
-                    "verdict": "faster" if ratio > 1.05 else "same",
-                },
-            }
-        )
+def write_results(out: Path, seed: int) -> None:
+    """results.json, samples.safetensors, disagreement.json, abstain.json and verdict.json."""
+    samples, rows, top1, unseen = copy.deepcopy(_measured(seed))
     for name in ("tensorrt_rtx-sm80-fp16", "tensorrt_rtx-sm86-fp16"):
         why = f"no NVIDIA GPU with compute capability {name[15]}.{name[16]} here"
         rows.append({"id": name, "status": "not run", "why_not": why})
+    folders = sorted(folder.name for folder in (out / "engines").iterdir())
+    manifests = {name: json.loads((out / "engines" / name / "engine.json").read_text()) for name in folders}
     results = {
-        "schema": 1,
+        "schema": 2,
         "confidence": 0.95,
         "machine": "a CPU with 2 cores",
-        "validation": {"samples": n, "classes": 10},
-        "dense_top1": interval(int((y == labels).sum()), n),
-        "tuned_top1": interval(int((z["tuned"].argmax(1) == labels).sum()), n),
+        "validation": {"samples": VALIDATION, "classes": 10},
+        "dense_top1": top1["dense"],
+        "tuned_top1": top1["tuned"],
+        "export_noise": noise(samples["onnx.sigma"], samples["onnx.error"], "fp32"),
         "engines": rows,
+        "binds": {
+            "certificate": digest(out / "certificate.json"),
+            "onnx": {path.name: digest(path) for path in out.glob("*.onnx")},
+            "engines": {name: manifest["sha256"] for name, manifest in manifests.items()},
+        },
     }
     write(out, "results.json", results)
     save_file(samples, out / "samples.safetensors")
+    write(out, "disagreement.json", unseen)
+    rule = {key: unseen["rule"][key] for key in ("engine", "tau", "alpha", "confidence", "candidates", "statement")}
+    write(out, "abstain.json", {"schema": 1, "classes": 10, **rule})
     write_verdict(out, results)
 
 
@@ -338,7 +381,8 @@ def write_bundle(
     ran = STAGES[: STAGES.index(to) + 1]
     out.mkdir(parents=True)
     (out / "recipe.toml").write_text(RECIPE.format(name=name), encoding="utf-8")
-    lock = {"schema": 1, "name": name, "validate": {"deploy": DEPLOY, "confidence": 0.95}, "certify": {"reserve": 0.01}}
+    validate = {"deploy": DEPLOY, "confidence": 0.95, "alpha": ALPHA, "cluster": ""}
+    lock = {"schema": 1, "name": name, "validate": validate, "certify": {"reserve": RESERVE, "keep": KEEP}}
     write(out, "recipe.lock.json", lock)
     chain = {
         s: {"digest": hashlib.sha256(s.encode()).hexdigest(), "key": hashlib.sha256(s[::-1].encode()).hexdigest()}
@@ -354,20 +398,17 @@ def write_bundle(
     keys = {"mean": [0.286], "std": [0.353], "interpolation": "bilinear", "crop_pct": 1.0, "crop_mode": "center"}
     write(out, "preprocessing.json", {"input_size": [1, 28, 28], "color": "gray", **keys})
     write(out, "classes.json", list(CLASSES))
-    n = 400
     ids = {
         "calibration_ids": [f"train/{i:05d}" for i in range(256)],
-        "certification_ids": [f"train/{i:05d}" for i in range(1000, 1000 + n)],
+        "certification_ids": [f"train/{i:05d}" for i in range(1000, 1000 + CERTIFICATION)],
+        "validation_ids": [f"val/{i:05d}" for i in range(VALIDATION)],
     }
-    ids["validation_ids"] = [f"val/{i:05d}" for i in range(600)]
     write(
         out,
         "calibration.json",
         {"seed": 0, "split": "train", **ids, "data_identity": hashlib.sha256(b"data").hexdigest()},
     )
     write_weights(rng, out, blocks, width)
-    z, labels = draw_logits(rng, n)
-    arrays = ledger(z, labels, 0.01)
     if "tune" in ran:
         loss = [
             {"step": i, "loss": 0.9 * float(np.exp(-i / 60)) + 0.2 + float(rng.normal(0, 0.03))} for i in range(1, 157)
@@ -376,26 +417,13 @@ def write_bundle(
     else:
         (out / "weights" / "tuned.safetensors").unlink()
     if "certify" in ran:
-        save_file(arrays, out / "ledger.safetensors")
-        counts = {k: int((arrays["verdict"] == i).sum()) for i, k in enumerate(("flipped", "kept", "certified"))}
-        write(
-            out,
-            "certificate.json",
-            {
-                "schema": 1,
-                "samples": n,
-                "classes": 10,
-                "ids": ids["certification_ids"],
-                "reserve": 0.01,
-                "stages": list(z),
-                "counts": counts,
-                "top1": {k: int((v.argmax(1) == labels).sum()) for k, v in z.items()},
-                "spent": spent(z),
-                "margin_median": float(np.median(arrays["margin"])),
-                "slack_median": float(np.median(arrays["slack"])),
-                "digests": {s: digest(out / "weights" / f"{s}.safetensors") for s in z},
-            },
-        )
+        ledger, certificate, _ = _certified(seed)
+        save_file(ledger, out / "ledger.safetensors")
+        weights = {stage: digest(out / "weights" / f"{stage}.safetensors") for stage in LADDER}
+        bound = {"weights": weights, "preprocessing": digest(out / "preprocessing.json"), "precision": "float32"}
+        bound["ids"] = hashlib.sha256("\n".join(ids["certification_ids"]).encode()).hexdigest()
+        bound |= {"versions": {"torch": "2.7.0", "numpy": "2.1.0"}, "device": "2 cores", "batch": 64}
+        write(out, "certificate.json", {**certificate, "ids": ids["certification_ids"], "binds": bound})
     if "export" in ran:
         for file in ("model.onnx", "dense.onnx"):
             (out / file).write_bytes(rng.bytes(30_000))
@@ -406,6 +434,6 @@ def write_bundle(
     if "build" in ran:
         write_engines(rng, out)
     if "validate" in ran:
-        write_results(rng, out, z, arrays["verdict"])
+        write_results(out, seed)
     seal(out)
     return out
