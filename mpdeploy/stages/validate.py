@@ -102,7 +102,9 @@ def run(params: Params, given: Given, out: Path) -> Facts:
             chain, engines, images.batches(val, chosen, size), labels, params.keep, given, len(chosen)
         )
         certified = _certification(engines, images.drawn("certification", size), certificate["kept_classes"], given)
-        noise = _noise(given, chain, engines, images.batch(val, chosen[: table.noise]), size) if table.noise else {}
+        few = images.batch(val, chosen[: table.noise]) if table.noise else None
+        noise = {} if few is None else _noise(given, chain, engines, few, size)
+        foretold = {name: None if few is None else _foretold(given, name, few) for name in missing}
         sample = images.batch(val, chosen[: min(size, 8, len(chosen))])
         consistent = {name: _batch_consistent(session, sample) for name, session in engines.items()}
     arrays: dict[str, NDArray[Any]] = {
@@ -118,7 +120,8 @@ def run(params: Params, given: Given, out: Path) -> Facts:
     found = []
     for name in given["build"].facts["engines"]:
         if name in missing:
-            found.append({"id": name, "status": "not run", "why_not": missing[name]})
+            why_not, row = missing[name], foretold[name]
+            found.append({"id": name, "status": "not run", "why_not": why_not, "noise_forecast": row})
             continue
         arrays |= {f"engine.{name}": branches[name].logits, f"certification.{name}": certified[name]}
         arrays |= {f"engine.{name}.eps": branches[name].eps, f"engine.{name}.share": branches[name].share}
@@ -310,6 +313,15 @@ def _noise(given: Given, chain: Sessions, engines: Sessions, images: Logits, siz
     return found
 
 
+def _foretold(given: Given, name: str, images: Logits) -> dict[str, Any]:
+    """Return what the noise floor's model foretells of an engine that is not run here."""
+    from mpdeploy.certify.noise_floor import forecast, noise_floor
+    from mpdeploy.graph.program import read_program
+
+    program, declared = read_program(_built_from(given, name)), _manifest(given, name)["precision"]
+    return forecast(noise_floor(program, images, precision=declared))
+
+
 def noise_of(
     program: "Program",
     precision: "Precision",
@@ -328,7 +340,7 @@ def noise_of(
         before: those of the stage before, [n, K]; None for the graph itself in float64.
         executions: how many rounded runs lie between the two: 2 where `before` was run in the same precision.
     """
-    from mpdeploy.certify.noise_floor import exact_logits, flip_bounds, judge, noise_floor, pair_errors
+    from mpdeploy.certify.noise_floor import exact_logits, forecast, judge, noise_floor, pair_errors
 
     floor = noise_floor(program, images, precision=precision)
     error = pair_errors(after, exact_logits(program, images) if before is None else before, floor)
@@ -348,7 +360,7 @@ def noise_of(
             "delta": NOISE_DELTA,
             "verdict": judged.verdict,
             "reason": judged.reason,
-            "expected_flips": float(flip_bounds(floor).sum()),
+            "flips_at_most": forecast(floor)["flips_at_most"],
             "spent_on": dict(kinds),
         },
     )
