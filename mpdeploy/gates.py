@@ -1,5 +1,6 @@
 """The gates: the recipe's policy held against what was measured. They judge files and measure nothing themselves."""
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -144,7 +145,7 @@ def _judge(
         verdict = "holds" if value <= limit else "refuted"
     else:
         verdict = "holds" if value >= limit else "refuted"
-    return Gate(name, limit, value, low, high, verdict, seen)
+    return Gate(name, limit, value if math.isfinite(value) else None, low, high, verdict, seen)
 
 
 def _always(engine: Mapping[str, Any]) -> list[Gate]:

@@ -24,13 +24,19 @@ from mpdeploy.pruning.spectrum import Spectrum
 MOST_SPECTRA, SHOWN_SPECTRA = 24, 12
 STAGE_LABELS = {"dense": "dense", "pruned": "prune", "tuned": "tune", "onnx": "export", "engine": "engine"}
 VERDICTS = {"holds": "May be released", "refuted": "Must not be released", "unchecked": "Not established"}
-RANKINGS = {"error": "measured error", "edge": "MP edge (SEB)", "slack": "share of margins"}
+RANKINGS = {
+    "error": "measured error",
+    "edge": "MP edge (SEB)",
+    "slack": "share of margins",
+    "adjoint": "adjoint (first order)",
+}
 # What each gate of a recipe is called, which way its limit points, and the filter that prints its numbers.
 GATES = {
     "max_accuracy_drop": ("Top-1 lost against the dense network", "≤", "points"),
     "min_agreement": ("Labels equal to the dense network's", "≥", "percent"),
     "max_violations": ("Certified labels that the engine lost", "≤", "count"),
     "min_certified": ("Labels certified by the ledger", "≥", "percent"),
+    "max_noise": ("Engine error over the noise floor of its precision, rms", "≤", "number"),
     "min_speedup": ("Speed-up against the dense twin", "≥", "times"),
     "finite": ("Every logit is finite", "", "answer"),
     "batch_consistent": ("A label does not depend on the rest of its batch", "", "answer"),

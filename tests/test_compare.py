@@ -88,6 +88,7 @@ def evidence(**changes):
         "certified": {"n": 50, "violations": 0},
         "finite": True,
         "batch_consistent": True,
+        "noise_floor": {"ratio_rms": 0.8, "reason": "within"},
         "latency": {"batch": 1, "calls": 9, "verdict": "faster", "ratio": {"value": 1.2, "low": 1.1, "high": 1.3}},
         **changes,
     }
@@ -99,7 +100,8 @@ def verdict(gates, **changes):
     return judge(Gates(**gates), "e", *evidence(**changes))
 
 
-ALL = {"max_accuracy_drop": 1.5, "min_agreement": 0.9, "max_violations": 0, "min_certified": 0.8, "min_speedup": 1.05}
+ALL = {"max_accuracy_drop": 1.5, "min_agreement": 0.9, "max_violations": 0, "min_certified": 0.8, "max_noise": 1.5}
+ALL["min_speedup"] = 1.05
 
 
 def test_all_gates_hold_on_good_evidence():
@@ -116,6 +118,8 @@ def test_all_gates_hold_on_good_evidence():
         ({"max_violations": 0}, {"certified": {"n": 50, "violations": 1}}),
         ({"min_certified": 0.9}, {}),
         ({"min_speedup": 1.5}, {}),
+        ({"max_noise": 0.5}, {}),
+        ({"max_noise": 1.5}, {"noise_floor": {"ratio_rms": None, "reason": "not finite"}}),
         ({"min_agreement": 0.5}, {"finite": False}),
         ({"min_agreement": 0.5}, {"batch_consistent": False}),
     ],
@@ -134,6 +138,7 @@ def test_each_gate_refutes(gates, changes):
         ({"max_violations": 0}, {"certified": {"n": 0, "violations": 0}}),
         ({"min_speedup": 1.2}, {}),
         ({"min_speedup": 1.0}, {"latency": None}),
+        ({"max_noise": 1.5}, {"noise_floor": None}),
     ],
 )
 def test_what_was_not_established_is_unchecked(gates, changes):
