@@ -75,6 +75,10 @@ class Box:
             displacements differ by at most d in every element: a Lipschitz constant on the whole enclosure.
         added: like `centre`: the part of `radius` that arose at the operator that made it.
         why: names the operator for which no rule is known, where one took part; else "".
+        level: scalar, or None: norm of x' - c after the mean over its last axis is subtracted.
+        factors: the enclosures whose product this is, apart from what is in `added`, or None.
+        weights: where this is a softmax over its last axis, or None. Then x' - c, apart from what is in `added`, sums
+            up to 0 over that axis, and so does what `gain` bounds.
     """
 
     centre: Tensor
@@ -83,6 +87,9 @@ class Box:
     gain: Tensor | None = None
     added: Tensor | None = None
     why: str = ""
+    level: Tensor | None = None
+    factors: "tuple[Box, Box] | None" = None
+    weights: "Weights | None" = None
 
     @property
     def magnitude(self) -> Tensor:
@@ -95,6 +102,20 @@ class Box:
         slack = (self.centre.abs() + self.radius) * 2.0**-50 + TINY
         low, high = self.centre - self.radius - slack, self.centre + self.radius + slack
         return low.nan_to_num(-math.inf), high.nan_to_num(math.inf)
+
+
+@dataclass(frozen=True)
+class Weights:
+    """A softmax over the last axis.
+
+    Attributes:
+        largest: float64 like its output, the largest value of every weight on the box of scores.
+        deviation: scalar, bound of sqrt(sum over rows of the variance of the scores' displacement), under the weights
+            of any point between the centre and x'.
+    """
+
+    largest: Tensor
+    deviation: Tensor
 
 
 Value = Box | Tensor
@@ -111,12 +132,18 @@ class Rule:
         reach: further bound of |f(x') - f(c)|, or None.
         norm: bound of its Frobenius norm, or None.
         error: bound of the rounding that the operator does inside, before its result is stored.
+        level: see `Box.level`.
+        factors: see `Box.factors`.
+        weights: see `Box.weights`.
     """
 
     between: Callable[[Deviations], Tensor]
     reach: Tensor | None = None
     norm: Tensor | None = None
     error: Tensor | float = 0.0
+    level: Tensor | None = None
+    factors: tuple[Box, Box] | None = None
+    weights: Weights | None = None
 
 
 class Prepared:
@@ -170,29 +197,35 @@ def gamma(count: int, unit: float) -> float:
     return math.inf if spent >= 1 else spent / (1 - spent) * UP
 
 
-def spectral_norm(matrix: Tensor) -> Tensor:
-    """Proved upper bound of the largest singular value of each matrix [..., a, b], about 5 % above it.
+def spectral_norm(matrix: Tensor, squarings: int = 5) -> Tensor:
+    """Proved upper bound of the largest singular value of each matrix [..., a, b].
 
-    lambda(G) = lambda(G^32)^(1/32) <= ||G^32||_F^(1/32) for the Gram matrix G; each computed square Q of Q differs from
-    the exact one by at most gamma_n ||Q||_F^2. No iteration that has to converge is trusted.
+    lambda(G) = lambda(G^n)^(1/n) <= ||G^n||_F^(1/n), n = 2^squarings, for the Gram matrix G: rank^(1/4n) above it at
+    most, 5 % for rank 512. Each computed square of Q differs from the exact one by at most gamma_n ||Q||_F^2. No
+    iteration that has to converge is trusted.
     """
-    scale = matrix.abs().amax((-2, -1), keepdim=True).clamp_min(TINY)
+    scale = torch.linalg.vector_norm(matrix, math.inf, (-2, -1), keepdim=True).clamp_min(TINY)
     unit = matrix / scale
-    tall = unit.shape[-2] > unit.shape[-1]
-    gram = unit.mT @ unit if tall else unit @ unit.mT
-    # gamma of one more term covers the division by the scale.
+    gram = unit.mT @ unit if unit.shape[-2] > unit.shape[-1] else unit @ unit.mT
+    # gamma of a few more terms covers the division by the scale.
     loss = gamma(max(matrix.shape[-2:]) + 4, FLOAT64.inner)
-    squared = _largest(gram, 5) + 2 * loss * unit.square().sum((-2, -1))
+    squared = _largest(gram, squarings) + loss * _trace(gram, loss)
     return up(squared.sqrt() * scale[..., 0, 0])
 
 
 def _largest(gram: Tensor, squarings: int) -> Tensor:
     """Largest singular value; the transpose makes it right for a square that rounding left unsymmetric."""
-    fro = gram.square().sum((-2, -1)) * (1 + gram.shape[-1] ** 2 * 2.0**-52)
     if squarings == 0:
-        return fro.sqrt() * UP
+        norm: Tensor = torch.linalg.vector_norm(gram, dim=(-2, -1))
+        return norm * (1 + (gram.shape[-1] ** 2 + 8) * 2.0**-52)
     loss = gamma(gram.shape[-1] + 2, FLOAT64.inner)
-    return (_largest(gram.mT @ gram, squarings - 1) + loss * fro).sqrt() * UP
+    following = gram.mT @ gram
+    return (_largest(following, squarings - 1) + loss * _trace(following, loss)).sqrt() * UP
+
+
+def _trace(gram: Tensor, loss: float) -> Tensor:
+    """Upper bound of the squared Frobenius norm of the matrix whose Gram matrix was computed."""
+    return gram.diagonal(dim1=-2, dim2=-1).sum(-1) * (1 + 4 * loss) * UP
 
 
 # One rule per kind of operator.
@@ -395,23 +428,80 @@ def _matmul(context: Context) -> Rule | None:
 
 
 def _product(context: Context, a: Box, b: Box, count: int) -> Rule:
-    """The product's change: a'b' - ab = da b + a db + da db."""
+    """The product's change: a'b' - ab = da b' + a db.
+
+    Where a is a softmax, da = d0 + d1: d0 sums up to 0 over the axis that is summed here, so that da b' is
+    d0 (b' - v) + d1 b' for any row v, of which the mean of b is a good one; d1 is `added`. Of scores that meet a
+    softmax only the deviation from each row's mean matters: for it b may be centred over its last axis.
+    """
     big_a, big_b = a.magnitude, b.magnitude
+    mean = b.centre.mean(-2, keepdim=True)
+    apart = up((b.centre - mean).abs() + b.radius)
+    loose = torch.zeros_like(mean) if a.added is None else up(a.added.sum(-1, keepdim=True) * mean.abs())
 
     def between(deviations: Deviations) -> Tensor:
-        da, db = deviations
-        return _present(da) @ big_b + big_a @ _present(db)
+        da, db = (_present(value) for value in deviations)
+        first = da @ big_b
+        if a.weights is not None:
+            first = torch.minimum(first, da @ apart + loose)
+        return first + big_a @ db
 
-    reach = a.radius @ big_b + a.centre.abs() @ b.radius
-    norm = None
-    if a.centre.shape[:-2] == b.centre.shape[:-2]:
-        size_a, size_b = spectral_norm(a.centre).max(), spectral_norm(b.centre).max()
-        norm = a.norm * size_b + size_a * b.norm + a.norm * b.norm
-        # Row i of da times column j of b, by Cauchy and Schwarz.
-        columns = b.centre.square().sum(-2, keepdim=True).sqrt()
-        rows = a.centre.square().sum(-1, keepdim=True).sqrt()
-        reach = torch.minimum(reach, up(a.norm * columns + rows * b.norm + a.norm * b.norm))
-    return Rule(between, reach, norm, _dot_error(context, count + 2, big_a @ big_b))
+    # From the centre, a counts without its radius.
+    reach = between([a.radius, torch.zeros_like(b.radius)]) + a.centre.abs() @ b.radius
+    error = _dot_error(context, count + 2, big_a @ big_b)
+    if a.centre.shape[:-2] != b.centre.shape[:-2]:
+        return Rule(between, reach, error=error)
+    size_a, size_b = spectral_norm(a.centre).max(), spectral_norm(b.centre).max()
+    norm = a.norm * (size_b + b.norm) + size_a * b.norm
+    if a.weights is not None and a.added is not None:
+        norm = torch.minimum(norm, _weighted_sum(a, a.weights, b, size_a, size_b))
+    # Row i of da times column j of b, by Cauchy and Schwarz.
+    columns = b.centre.square().sum(-2, keepdim=True).sqrt()
+    rows = a.centre.square().sum(-1, keepdim=True).sqrt()
+    reach = torch.minimum(reach, up(a.norm * columns + rows * b.norm + a.norm * b.norm))
+    centred = b.centre - b.centre.mean(-1, keepdim=True)
+    rounded = gamma(b.centre.shape[-1] + 4, FLOAT64.inner) * frobenius(b.centre)
+    level = a.norm * (spectral_norm(centred).max() + rounded + b.norm) + size_a * b.norm
+    return Rule(between, reach, norm, error, level, (a, b))
+
+
+def _weighted_sum(p: Box, weights: Weights, v: Box, size_p: Tensor, size_v: Tensor) -> Tensor:
+    """Frobenius bound of P'V' - PV = (p(s') - p(s)) V + d1 V + P' dV, P = p(s) a softmax, d1 what is `added`.
+
+    On the way from s to s', d(p_i V) = Cov_p(ds_i, V), whose 2-norm is at most sqrt(Var_p ds_i) times the root of the
+    largest eigenvalue of Cov_p(V), itself at most that of sum_j max p_ij (v_j - o)(v_j - o)' for any row o.
+    """
+    assert p.added is not None
+    about = v.centre.unsqueeze(-3) - (p.centre @ v.centre).unsqueeze(-2)  # [..., i, j, d]
+    spread = spectral_norm(weights.largest.sqrt().unsqueeze(-1) * about, 4).max()
+    extra = frobenius(p.added)
+    # Rows of P sum up to 1, so its norm is at most the root of its largest column sum.
+    size = torch.minimum(size_p + p.norm, weights.largest.sum(-2).max().sqrt() * UP + extra)
+    return spread * weights.deviation + extra * size_v + size * v.norm
+
+
+def _deviation(scores: Box, largest: Tensor, size: Tensor) -> Tensor:
+    """Bound of sqrt(sum_i Var_p ds_i) over all weights p <= `largest`; `size` bounds the norm of ds.
+
+    For scores q_i k_j the displacement is dq_i k_j + q'_i dk_j: the variance of its first part is at most |dq_i|^2
+    times the largest eigenvalue of sum_j p_ij (k_j - o)(k_j - o)' for any row o, and the sum over all rows of that of
+    the second at most |dK|^2 times the largest one, over j, of sum_i p_ij q'_i q'_i'.
+    """
+    most = largest.max().sqrt() * UP
+    # A variance is at most a quarter of the squared range, and that at most twice the sum of squares.
+    plain = torch.minimum((largest * scores.radius.square()).sum().sqrt(), torch.minimum(most, _HALF) * size)
+    if scores.factors is None or scores.added is None:
+        return up(plain)
+    q, k = scores.factors
+    keys, root = k.centre.mT, largest.sqrt()
+    about = keys.unsqueeze(-3) - ((largest @ keys) / largest.sum(-1, keepdim=True).clamp_min(TINY)).unsqueeze(-2)
+    spread_k = spectral_norm(root.unsqueeze(-1) * about, 4).max()
+    spread_q = spectral_norm(root.mT.unsqueeze(-1) * q.centre.unsqueeze(-3), 4).max()
+    loose = (largest * scores.added.square()).sum().sqrt()
+    return up(torch.minimum(plain, spread_k * q.norm + (spread_q + most * q.norm) * k.norm + loose))
+
+
+_HALF = torch.tensor(math.sqrt(0.5) * UP, dtype=torch.float64)
 
 
 # Sums and elementwise products.
@@ -438,8 +528,13 @@ def _add(context: Context) -> Rule:
     norm = torch.stack([box.norm * _spread(box, context.centre) for box in boxes]).sum()
     magnitude = torch.stack([v.expand_as(context.centre) for v in context.magnitudes() if v is not None]).sum(0)
     terms = len(context.inputs) - 1
+    # A constant shifts the centre only.
+    alone = len(boxes) == 1 and boxes[0].centre.shape == context.centre.shape
+    level, factors = (boxes[0].level, boxes[0].factors) if alone else (None, None)
     # A single addition errs relative to its result, which is at most the sum of the magnitudes.
-    return Rule(between, norm=norm, error=gamma(terms, context.arithmetic.inner) * magnitude)
+    return Rule(
+        between, norm=norm, error=gamma(terms, context.arithmetic.inner) * magnitude, level=level, factors=factors
+    )
 
 
 @_rule("Min", "Max")
@@ -716,6 +811,10 @@ def _softmax(context: Context) -> Rule | None:
         return None
     axis = int(op.attributes.get("axis", -1)) % box.centre.ndim
     p, e, count = context.centre, box.radius, box.centre.shape[axis]
+    last, size = axis == box.centre.ndim - 1, box.norm
+    if box.level is not None and last:
+        # What all scores of a row have in common changes nothing.
+        e, size = torch.minimum(e, box.level), torch.minimum(size, box.level)
     if count > _LONGEST:
         return None
 
@@ -752,7 +851,13 @@ def _softmax(context: Context) -> Rule | None:
     wide = safe(wide)
     spent = 2 * _LIBM + 8 + wide + total(torch.where(largest > 0, largest * wide, 0.0))
     error = (spent * context.arithmetic.inner + gamma(count + 4, context.arithmetic.inner)) * largest
-    return Rule(between, reach, 0.5 * box.norm, torch.where(largest > 0, error, 0.0))
+    error = torch.where(largest > 0, error, 0.0)
+    if not last:
+        return Rule(between, reach, 0.5 * size, error)
+    deviation = _deviation(box, largest, size)
+    # dp_j = p_j (ds_j - mean), so the sum of squares is at most max p times the variance.
+    norm = torch.minimum(0.5 * size, largest.max().sqrt() * UP * deviation)
+    return Rule(between, reach, norm, error, weights=Weights(largest, deviation))
 
 
 @_rule("LayerNormalization")

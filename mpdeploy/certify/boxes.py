@@ -151,7 +151,8 @@ def _output(
         gain = safe(up(rule.between([value.gain if isinstance(value, Box) else None for value in inputs])))
         gain = gain.expand_as(centre)
     why = next((value.why for value in inputs if isinstance(value, Box) and value.why), "")
-    box = Box(centre, radius, norm, gain, None, why)
+    level = None if rule.level is None else torch.minimum(norm, safe(up(rule.level)))
+    box = Box(centre, radius, norm, gain, None, why, level, rule.factors, rule.weights)
     return box if op.kind in MOVES else _stored(box, rule.error, arithmetic)
 
 
@@ -167,14 +168,16 @@ def _displaced(box: Box, extra: Tensor | float) -> Box:
     """Let every element lie `extra` further away; the displacement has gain 1 if gains are asked for by `ball`."""
     extra = torch.as_tensor(extra, dtype=torch.float64).expand_as(box.centre)
     added = extra if box.added is None else up(box.added + extra)
-    norm = safe(up(box.norm + frobenius(extra)))
-    return replace(box, radius=safe(up(box.radius + extra)), norm=norm, added=added)
+    more = frobenius(extra)
+    level = None if box.level is None else safe(up(box.level + more))
+    norm = safe(up(box.norm + more))
+    return replace(box, radius=safe(up(box.radius + extra)), norm=norm, added=added, level=level)
 
 
 def ball(box: Box, radius: float) -> Box:
     """Every value within `radius` of each element of a box: the displacement that gains are with respect to."""
     moved = _displaced(box, radius)
-    return replace(moved, gain=torch.ones_like(box.centre))
+    return replace(moved, gain=torch.ones_like(box.centre), weights=None)
 
 
 # Logits in pairs.
