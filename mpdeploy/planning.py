@@ -125,7 +125,12 @@ def preview(recipe: Recipe) -> Preview:
         return Preview(rows, total, total - saved, tuple(names), ANYWHERE if recipe.prune.sparsity else "")
     prunable = sum(row.macs for row in rows if row.candidates)
     after = total - prunable + budget_of(layers, fitting, "macs", table.budget) if table.unit == "macs" else None
-    by = {"error": "measured error", "edge": "Marchenko-Pastur edge", "slack": "its share of the margins"}
+    by = {
+        "error": "measured error",
+        "edge": "Marchenko-Pastur edge",
+        "slack": "its share of the margins",
+        "adjoint": "what the margins lose to first order, by its adjoint",
+    }
     what = "MACs" if table.unit == "macs" else "weights"
     note = (
         f"Each layer's pattern is chosen when pruning, by {by[table.ranking]}: at most {100 * table.budget:g} % of the "

@@ -85,10 +85,12 @@ class Allocate(Table):
         description="Share of what the prunable layers need when dense that may be left."
     )
     unit: Literal["macs", "weights"] = Field("macs", description="What the budget counts.")
-    ranking: Literal["error", "edge", "slack"] = Field(
-        "error", description="Measured error, Marchenko-Pastur edge, or share of the margins; all three are compared."
+    ranking: Literal["error", "edge", "slack", "adjoint"] = Field(
+        "error",
+        description="Measured error, Marchenko-Pastur edge, share of the margins, or what the margins lose to first "
+        "order by the adjoints of one backward pass; all four are compared.",
     )
-    images: Count = Field(32, description="Held-out calibration images on which logits are compared.")
+    images: Count = Field(32, description="Held-out calibration images on which logits and margins are compared.")
 
     @field_validator("patterns")
     @classmethod

@@ -211,6 +211,19 @@ def test_slack_is_the_quantile_of_the_share_of_the_margins():
     assert total.max() <= largest["a", "2:4"] + largest["b", "2:4"]
 
 
+def test_by_adjoint_takes_the_scores_and_prunes_the_layer_that_the_margins_feel_least():
+    candidates = two_layers({"a": 0.1, "b": 0.5})
+    scores = {("a", "2:4"): 0.3, ("b", "2:4"): 0.2}
+    values = al.by_adjoint(candidates, scores)
+    assert values == {("a", ""): 0.0, ("b", ""): 0.0, **scores}
+    error, adjoint = al.compare(candidates, 150, {"adjoint": values}, al.by_error(candidates))
+    assert adjoint.chosen == {"a": "", "b": "2:4"} and (adjoint.predicted, adjoint.measured) == (0.2, 0.5)
+    assert error.chosen == {"a": "2:4", "b": ""} and adjoint.cost == 150
+    for wrong in ({}, {("a", "2:4"): -0.1, ("b", "2:4"): 0.2}, {**scores, ("b", "2:4"): math.inf}):
+        with pytest.raises(StageFailed, match="has the adjoint score"):
+            al.by_adjoint(candidates, wrong)
+
+
 def test_what_makes_no_sense_is_refused():
     candidates = two_layers({"a": 0.1})
     values = al.by_error(candidates)

@@ -1,13 +1,21 @@
 """What each pattern does to each layer alone, and the choice by it."""
 
 import copy
+from pathlib import Path
 
 import numpy as np
 import pytest
+import timm
 import torch
 from pruning_networks import captured, correlated_images, quiet, small_resnet, small_vit
+from safetensors.torch import load_file
+from scipy.stats import spearmanr
+from torch import nn
 
 from mpdeploy.errors import RecipeError, StageFailed
+from mpdeploy.pruning.adjoint import IMAGES, Proposal, adjoint_scores, proposal, unit_of
+from mpdeploy.pruning.branches import landing
+from mpdeploy.pruning.capture import capture, layer_nodes, state_of
 from mpdeploy.pruning.layers import UNSTRUCTURED, choose
 from mpdeploy.pruning.measure import (
     budget_of,
@@ -22,7 +30,24 @@ from mpdeploy.pruning.measure import (
 from mpdeploy.pruning.solve import Settings, prune_network
 
 SIZE = (3, 32, 32)
-NETWORKS = {"vit": small_vit, "resnet": small_resnet}
+
+
+def lively_resnet():
+    """BatchNorms that do something: of an untrained one some are the identity, and some multiply by zero."""
+    model, generator = small_resnet(), torch.Generator().manual_seed(3)
+    for part in model.modules():
+        if isinstance(part, nn.BatchNorm2d):
+            for tensor, low in (
+                (part.weight, 0.5),
+                (part.bias, -0.5),
+                (part.running_mean, -0.5),
+                (part.running_var, 1),
+            ):
+                tensor.data.uniform_(low, low + 1, generator=generator)
+    return model
+
+
+NETWORKS = {"vit": small_vit, "resnet": lively_resnet}
 BATCHES = correlated_images(32).split(8)
 PATTERNS = ("12:16", "2:4")
 
@@ -79,6 +104,11 @@ def test_displacements_are_those_of_the_network_with_that_layer_alone_pruned(cas
         [own] = [c for c in found.candidates if (c.layer, c.pattern) == (name, pattern)]
         assert own.relative == pytest.approx(result.error_after_refit, rel=1e-2)
         assert own.energy > 0
+        state = state_of(model, captured(model, 32))
+        node, norm = units(model)[name]
+        alone = proposal(unit_of(node, norm), state_of(other, captured(model, 32)))
+        [score] = adjoint_scores(captured(model, 32), state, held, {(name, pattern): alone}).values()
+        assert found.adjoint[name, pattern] == pytest.approx(score, rel=2e-2) and score > 0
 
 
 def test_the_choice_keeps_the_budget_and_no_ranking_beats_the_measured_error(case):
@@ -86,7 +116,10 @@ def test_the_choice_keeps_the_budget_and_no_ranking_beats_the_measured_error(cas
     budget = budget_of(layers, fitting, "macs", 0.7)
     weights = {name: model.get_parameter(f"{name}.weight") for name in fitting}
     ranked = rank(found, budget, weights, dict.fromkeys(fitting, 1.0))
-    assert [one.ranking for one in ranked] == ["error", "edge", "slack"]
+    assert [one.ranking for one in ranked] == ["error", "edge", "slack", "adjoint"]
+    scored = sum(found.adjoint[pick] for pick in ranked[3].chosen.items() if pick[1])
+    assert ranked[3].predicted == pytest.approx(scored) and ranked[3].gap == pytest.approx(0.0, abs=1e-12)
+    assert ranked == rank(found, budget, weights, dict.fromkeys(fitting, 1.0))
     assert all(one.cost <= budget and one.measured >= ranked[0].measured - 1e-12 for one in ranked)
     made = described(found, ranked, "edge", "macs")
     assert made["budget"] == budget == round(0.7 * made["dense"])
@@ -150,3 +183,157 @@ def test_a_given_mask_is_kept_and_refitted(name):
 def test_unstructured_zeros_fit_any_number_of_inputs():
     layers = {x.name: x for x in choose(small_vit(), UNSTRUCTURED, [], SIZE, keep_stem_dense=False)}
     assert layers["patch_embed.proj"].pattern == UNSTRUCTURED and "head" in layers["head"].reason
+
+
+# ------------------------------------------------------------------------------------------------------ adjoint scores
+
+
+def units(model):
+    """Operation and name of the BatchNorm behind it, of every layer that gets a pattern and of the head."""
+    graph = captured(model, 32)
+    names = [*choose_among(model, PATTERNS, [], SIZE)[1], "head" if hasattr(model, "head") else "fc"]
+    state = state_of(model, graph)
+    return {name: (node, landing(graph, node, state).norm) for name, node in layer_nodes(graph, names).items()}
+
+
+def changes(model, scale=1.0):
+    """For each layer two changes of all that pruning may touch: weight, bias, mean and variance of the BatchNorm."""
+    generator = torch.Generator().manual_seed(5)
+    made = {}
+    for name, (node, norm) in units(model).items():
+        for label in ("a", "b"):
+            tensors = {}
+            for part in filter(None, (name, norm)):
+                for key, value in model.get_submodule(part).state_dict().items():
+                    if value.is_floating_point():
+                        noise = torch.rand(value.shape, generator=generator).to(value)
+                        tensors[f"{part}.{key}"] = value + scale * (0.3 * noise * value.abs().mean() + 0.05 * noise)
+            made[name, label] = Proposal(unit_of(node, norm), tensors)
+    return made
+
+
+def by_brute_force(model, image, found):
+    """sum_i |a_i| |(R psi)_i| of one image, with hooks on the modules and without the captured graph."""
+    seen, outputs = {}, {}
+    hooks = []
+    for name, (_, norm) in units(model).items():
+
+        def enter(_module, inputs, name=name):
+            seen[name] = inputs[0].detach().clone()
+
+        def leave(_module, _inputs, output, name=name):
+            output.retain_grad()
+            outputs[name] = output
+            return output.clone()
+
+        hooks.append(model.get_submodule(name).register_forward_pre_hook(enter))
+        hooks.append(model.get_submodule(norm or name).register_forward_hook(leave))
+    best, second = model(image[None])[0].sort(descending=True).values[:2]
+    (second - best).backward()
+    for hook in hooks:
+        hook.remove()
+    scores = {}
+    for (name, label), one in found.items():
+        other = copy.deepcopy(model)
+        other.load_state_dict({**model.state_dict(), **one.tensors})
+        norm = units(model)[name][1]
+        with torch.no_grad():
+            made = other.get_submodule(name)(seen[name])
+            made = other.get_submodule(norm)(made) if norm else made
+        adjoint = outputs[name].grad.double().flatten().tolist()
+        moved = (made - outputs[name]).double().flatten().tolist()
+        scores[name, label] = sum(abs(a) * abs(r) for a, r in zip(adjoint, moved, strict=True))
+    return scores
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_the_adjoint_score_is_what_autograd_on_the_modules_gives_image_by_image(name):
+    """For convolutions with a BatchNorm and in-place activations behind them, and for linear layers on tokens."""
+    model = NETWORKS[name]()
+    images = correlated_images(IMAGES + 1, seed=2)
+    proposals = changes(model)
+    graph = captured(model, 32)
+    scores = adjoint_scores(graph, state_of(model, graph), images, proposals)
+    assert any(norm for _, norm in units(model).values()) == (name == "resnet")
+    alone = [by_brute_force(model, image, proposals) for image in images]
+    for key, score in scores.items():
+        assert score == pytest.approx(sum(one[key] for one in alone) / len(images), rel=1e-4)
+        assert score > 0
+    assert scores == adjoint_scores(graph, state_of(model, graph), images, proposals)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_a_tiny_change_moves_no_margin_by_more_than_its_score(name):
+    """To first order the signed sum is the change of the margin, and signs are dropped."""
+    model = NETWORKS[name]().double()
+    images = correlated_images(3, seed=4).double()
+    graph = captured(model, 32)
+    proposals = changes(model, scale=1e-6)
+    scores = adjoint_scores(graph, state_of(model, graph), images, proposals)
+    with torch.no_grad():
+        logits = model(images)
+    label, runner_up = logits.topk(2, dim=1).indices.T
+    rows = torch.arange(len(images))
+    for key, one in proposals.items():
+        other = copy.deepcopy(model)
+        other.load_state_dict({**model.state_dict(), **one.tensors})
+        with torch.no_grad():
+            change = other(images) - logits
+        lost = (change[rows, runner_up] - change[rows, label]).abs().mean()
+        assert 0 < float(lost) <= scores[key] * (1 + 1e-4)
+
+
+def test_adjoints_leave_images_and_weights_alone_and_need_no_gradients_switched_on():
+    model = NETWORKS["resnet"]()
+    graph, images = captured(model, 32), correlated_images(3)
+    before, pixels = copy.deepcopy(model.state_dict()), images.clone()
+    proposals = changes(model)
+    scores = adjoint_scores(graph, state_of(model, graph), images, proposals)
+    with torch.no_grad():
+        assert adjoint_scores(graph, state_of(model, graph), images, proposals) == scores
+    assert torch.equal(images, pixels) and all(torch.equal(before[k], v) for k, v in model.state_dict().items())
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+class Cut(nn.Module):
+    """A network that hides its first layer from gradients."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Linear(16, 16), nn.Linear(16, 3)
+
+    def forward(self, images):
+        return self.last(self.first(images.flatten(1)).detach())
+
+
+def test_a_layer_that_no_gradient_reaches_and_a_change_to_nan_are_refused():
+    model = Cut().eval()
+    graph = capture(model, (1, 4, 4))
+    state, nodes = state_of(model, graph), layer_nodes(graph, ["first", "last"])
+    images = torch.rand(3, 1, 4, 4)
+    with pytest.raises(StageFailed, match="No gradient of the logits reaches"):
+        adjoint_scores(graph, state, images, {(n, "2:4"): proposal((node,), state) for n, node in nodes.items()})
+    spoilt = Proposal((nodes["last"],), {"last.weight": torch.full((3, 16), torch.nan)})
+    with pytest.raises(StageFailed, match=r"adjoint score of .* is nan"):
+        adjoint_scores(graph, state, images, {("last", "2:4"): spoilt})
+    same = adjoint_scores(graph, state, images, {("last", "2:4"): proposal((nodes["last"],), state)})
+    assert same == {("last", "2:4"): 0.0}
+
+
+def test_on_the_quickstart_network_the_adjoint_ranks_choices_almost_as_running_them_does():
+    """Against the squared change of the logits that each choice alone was measured to cause."""
+    home = Path(__file__).resolve().parents[1] / "recipes" / "quickstart"
+    args = {"img_size": 28, "patch_size": 4, "in_chans": 1, "embed_dim": 128, "depth": 4, "num_heads": 2}
+    model = timm.create_model("vit_tiny_patch16_224", num_classes=10, class_token=False, global_pool="avg", **args)
+    model.load_state_dict(load_file(home / "vit.safetensors"))
+    with np.load(home / "fashion_mnist_slice.npz") as data:
+        pixels = torch.from_numpy(data["train_images"][:128]).float().reshape(-1, 1, 28, 28)
+    batches = ((pixels / 255 - 0.286) / 0.353).split(32)
+    size = (1, 28, 28)
+    layers, fitting = choose_among(model.eval(), PATTERNS, [], size)
+    found = measure(model, capture(model, size), batches, layers, fitting, Settings("magnitude"), progress=quiet)
+    moved = list(found.moved.values())
+    follows = {"adjoint": spearmanr([found.adjoint[key] for key in found.moved], moved).statistic}
+    relative = {(item.layer, item.pattern): item.relative for item in found.candidates}
+    follows["relative"] = spearmanr([relative[key] for key in found.moved], moved).statistic
+    assert follows["adjoint"] > 0.9 and follows["adjoint"] > follows["relative"], follows

@@ -62,7 +62,20 @@ def test_each_layer_has_the_pattern_chosen_for_it_and_the_macs_keep_the_budget(m
     assert {"12:16", "2:4"} <= set(patterns.values())
     kept = sum(layer["macs"] * layer["density"] for layer in layers if layer["name"] in made["layers"])
     assert kept <= made["budget"] == round(0.6 * made["dense"])
+    assert list(by_name) == ["error", "edge", "slack", "adjoint"]
     assert by_name["error"]["measured"] == min(row["measured"] for row in made["rankings"])
+    assert all(row["cost"] <= made["budget"] and row["predicted"] > 0 for row in made["rankings"])
+
+
+def test_the_layers_have_what_the_adjoint_chose_where_the_recipe_asks_for_that(mixed, tmp_path):
+    sets = [*SMALL, *MIXED, "prune.allocate.ranking=adjoint"]
+    made = mpdeploy.run(QUICKSTART, sets=sets, to="prune", store=tmp_path / "store").artifacts["prune"]
+    allocation = made.json("allocation.json")
+    assert allocation == {**read(mixed.bundle, "allocation.json"), "ranking": "adjoint"}
+    [own] = [row for row in allocation["rankings"] if row["ranking"] == "adjoint"]
+    patterns = {layer["name"]: layer["pattern"] for layer in made.json("layers.json")}
+    assert own["chosen"] == {name: patterns[name] for name in allocation["layers"]}
+    assert own["chosen"] != allocation["rankings"][0]["chosen"]
 
 
 def lie_about_patterns(layers):
@@ -112,7 +125,7 @@ def test_the_report_compares_the_rankings_where_they_were_asked_for_only(mixed, 
     page = (mixed.bundle / "report.html").read_text()
     assert page == render(mixed.bundle)
     assert 'id="allocation"' in page and 'href="#allocation"' in page
-    for label in ("measured error", "MP edge (SEB)", "share of margins", "2:4 everywhere"):
+    for label in ("measured error", "MP edge (SEB)", "share of margins", "adjoint (first order)", "2:4 everywhere"):
         assert label in page
     assert "damping 0." in page and "Order of channels" in page
     for other in (small_run, anywhere):
@@ -136,6 +149,8 @@ def test_a_plan_of_a_mixed_recipe_names_the_choices(capsys):
     by_weights = load_recipe(QUICKSTART, [*MIXED, "prune.allocate.unit=weights", "prune.allocate.ranking=edge"])
     preview = mpdeploy.api.layers(by_weights)
     assert preview.macs_after is None and "by Marchenko-Pastur edge" in preview.note
+    preview = mpdeploy.api.layers(load_recipe(QUICKSTART, [*MIXED, "prune.allocate.ranking=adjoint"]))
+    assert "by what the margins lose to first order, by its adjoint: at most 60 %" in preview.note
 
 
 def test_a_budget_that_can_t_be_met_is_refused_by_the_plan():

@@ -1,8 +1,9 @@
 """What each pattern would do to each layer alone: one walk of the dense network, every choice solved and tried.
 
-The numbers are what `allocate` chooses by: the layer's own output error on held-out images, and how far the logits of
-a few held-out images move when only this layer is pruned. They are measured before channels are reordered and with
-dense inputs, so they rank choices; they don't foretell the finished network's error.
+The numbers are what `allocate` chooses by: the layer's own output error on held-out images, how far the logits of a
+few held-out images move when only this layer is pruned, and what one backward pass of the dense network says that this
+would cost their margins. They are measured before channels are reordered and with dense inputs, so they rank choices;
+they don't foretell the finished network's error.
 """
 
 import math
@@ -18,6 +19,7 @@ from torch import Tensor, fx, nn
 
 from mpdeploy.errors import RecipeError, StageFailed
 from mpdeploy.pruning import allocate
+from mpdeploy.pruning.adjoint import Proposal, adjoint_scores, proposal, unit_of
 from mpdeploy.pruning.allocate import DENSE, Allocation, Candidate
 from mpdeploy.pruning.branches import landing
 from mpdeploy.pruning.capture import Stream, layer_nodes, state_of
@@ -40,12 +42,14 @@ class Measured:
         moved: by layer and pattern, the logits' squared change per image, summed over classes, when it alone is pruned.
         displacement: by layer and pattern, float64 [images], the largest change of a logit of each image.
         margins: float64 [images], dense top-1 less top-2 logit.
+        adjoint: by layer and pattern, what it alone would cost these margins; see `adjoint.adjoint_scores`.
     """
 
     candidates: tuple[Candidate, ...]
     moved: dict[tuple[str, str], float]
     displacement: dict[tuple[str, str], Floats]
     margins: Floats
+    adjoint: dict[tuple[str, str], float]
 
 
 def choose_among(
@@ -142,7 +146,9 @@ def measure(
 ) -> Measured:
     """Solve every layer with every pattern that fits it, on the dense network, and put all weights back.
 
-    Time: per layer and pattern one solution, and one pass of `images` images through the rest of the network.
+    Time: per layer and pattern one solution, and one pass of `images` images through the rest of the network; in the
+    end one forward and one backward pass of them. Memory: as for `solve.prune_network`, and on the CPU a copy of each
+    layer's weights per pattern that fits it.
 
     Args:
         module: the dense network in eval mode, on any device; unchanged afterwards.
@@ -152,7 +158,8 @@ def measure(
         fitting: patterns by layer, not empty, as `choose_among` returns them.
         settings: how layers are pruned.
         unit: of the candidates' costs, one of UNITS.
-        images: how many held-out images (the first) the logits are compared on; fewer where there are not as many.
+        images: how many held-out images (the first) the logits and margins are compared on; fewer where there are not
+            as many.
         progress: told (layers done, layers in all).
 
     Raises:
@@ -162,10 +169,12 @@ def measure(
     fit, held = split_images(batches)
     state = state_of(module, graph)
     walk = Stream(graph, state, [*fit, *held])
-    probe = Stream(graph, state, list(torch.split(torch.cat(held)[:images], BATCH)))
+    looked_at = torch.cat(held)[:images]
+    probe = Stream(graph, state, list(torch.split(looked_at, BATCH)))
     dense = _logits(probe.branch(), graph)
-    found = Measured((), {}, {}, _margins(dense))
+    found = Measured((), {}, {}, _margins(dense), {})
     candidates: list[Candidate] = []
+    proposals: dict[tuple[str, str], Proposal] = {}
     nodes = layer_nodes(graph, list(rows))
     for place, (name, node) in enumerate(nodes.items()):
         landed, layer = landing(graph, node, state), rows[name]
@@ -177,11 +186,12 @@ def measure(
             with _restored(parts):
                 relative, energy = _solved(parts, replace(layer, pattern=pattern), seen, settings)
                 change = _logits(probe.branch(), graph) - dense
+                proposals[name, pattern] = proposal(unit_of(node, landed.norm), state)
             candidates.append(Candidate(name, pattern, left(layer, pattern, unit), relative, energy))
             found.moved[name, pattern] = float(change.square().sum(dim=1).mean())
             found.displacement[name, pattern] = change.abs().amax(dim=1).numpy()
         progress(place + 1, len(nodes))
-    return replace(found, candidates=tuple(candidates))
+    return replace(found, candidates=tuple(candidates), adjoint=adjoint_scores(graph, state, looked_at, proposals))
 
 
 def _solved(
@@ -230,7 +240,7 @@ def _margins(logits: Tensor) -> Floats:
 def rank(
     measured: Measured, budget: int, weights: Mapping[str, Tensor], layer_weights: Mapping[str, float]
 ) -> tuple[Allocation, ...]:
-    """Choose patterns by measured error, by edge and by slack.
+    """Choose patterns by measured error, by edge, by slack and by adjoint.
 
     Args:
         measured: what `measure` returned.
@@ -239,8 +249,8 @@ def rank(
         layer_weights: their SEB weights, see `unstructured.seb_weights`.
 
     Returns:
-        Allocations "error", "edge" and "slack"; `measured` of each is the logits' squared change per image that the
-        layers' errors would cause if they added up.
+        Allocations "error", "edge", "slack" and "adjoint"; `measured` of each is the logits' squared change per image
+        that the layers' errors would cause if they added up.
 
     Raises:
         RecipeError: the budget is below the sparsest choice.
@@ -253,6 +263,7 @@ def rank(
         {
             "edge": allocate.by_edge(candidates, weights, layer_weights),
             "slack": allocate.by_slack(candidates, measured.displacement, measured.margins),
+            "adjoint": allocate.by_adjoint(candidates, measured.adjoint),
         },
         _errors(measured),
     )
