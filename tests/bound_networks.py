@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from conftest import ROOT
 from torch import nn
 
 from mpdeploy.certify.program import Op, Program
@@ -148,3 +149,21 @@ def dense_layers(*weights, biases=None) -> Program:
 def copied(source: Program, **arrays) -> Program:
     """A twin with some constants replaced."""
     return Program(source.ops, {**copy.copy(dict(source.constants)), **arrays}, source.input, source.output)
+
+
+@functools.cache
+def _quickstart():
+    import timm
+    from safetensors.torch import load_file
+
+    args = {"img_size": 28, "patch_size": 4, "in_chans": 1, "embed_dim": 128, "depth": 4, "num_heads": 2}
+    network = timm.create_model("vit_tiny_patch16_224", num_classes=10, class_token=False, global_pool="avg", **args)
+    network.load_state_dict(load_file(ROOT / "recipes" / "quickstart" / "vit.safetensors"))
+    return exported(network.eval(), (1, 28, 28))
+
+
+def quickstart(count):
+    """The trained ViT of the quickstart recipe, and some of its images, preprocessed."""
+    data = np.load(ROOT / "recipes" / "quickstart" / "fashion_mnist_slice.npz")
+    pixels = next(v for k, v in sorted(data.items()) if v.ndim >= 3)[:count].reshape(-1, 1, 28, 28)
+    return _quickstart(), torch.from_numpy((pixels / 255 - 0.286) / 0.353).double()

@@ -272,6 +272,73 @@ def test_a_layer_norm_bound_with_sigma_at_the_centre_would_be_wrong():
     assert (away <= result.radius).all()
 
 
+def attention(tokens, width, seed, scale):
+    """x -> softmax(x Q (x K)') x V, with a constant added to the scores as windowed attention has it."""
+    ops = [
+        Op("q", "MatMul", ("x", "wq"), ("vq",), {}),
+        Op("k", "MatMul", ("x", "wk"), ("vk",), {}),
+        Op("t", "Transpose", ("vk",), ("vt",), {"perm": (0, 2, 1)}),
+        Op("v", "MatMul", ("x", "wv"), ("vv",), {}),
+        Op("scores", "MatMul", ("vq", "vt"), ("vs",), {}),
+        Op("shift", "Add", ("vs", "position"), ("va",), {}),
+        Op("soft", "Softmax", ("va",), ("vp",), {"axis": -1}),
+        Op("mix", "MatMul", ("vp", "vv"), ("out",), {}),
+    ]
+    constants = {name: rand(width, width, seed=seed + i, scale=scale) for i, name in enumerate(("wq", "wk", "wv"))}
+    constants["position"] = rand(tokens, tokens, seed=seed + 3)
+    return Program(tuple(ops), constants, "x", "out")
+
+
+@pytest.mark.parametrize("scale", [0.1, 0.4, 1.0])
+def test_attention_is_bounded_in_norm_against_its_worst_directions(scale):
+    """The input moves within a ball in directions that gradient ascent finds; every norm and radius has to hold."""
+    tightest = math.inf
+    for seed in range(3):
+        prog = attention(7, 5, 10 * seed, scale)
+        prepared, x = Prepared(prog), torch.randn(1, 7, 5, generator=seeded(seed)).double() + 1
+        for size in (1e-9, 1e-5, 1e-2, 0.1, 1.0):
+            zero = torch.zeros_like(x)
+            box = Box(x, zero + size, torch.tensor(size).double())  # the norm is what limits it
+            values = propagate(prepared, x, known={"x": box})
+            assert values["vp"].weights is not None and values["va"].factors is not None
+            assert all(box.weights is None for name, box in values.items() if isinstance(box, Box) and name != "vp")
+            for target in ("vs", "vp", "out"):
+                move = torch.randn(x.shape, generator=seeded(seed + 7)).double()
+                for _ in range(12):
+                    move = (move / move.norm() * size).requires_grad_()
+                    away = run(prog, x + move, dtype=torch.float64, keep=[target])[target] - values[target].centre
+                    (slope,) = torch.autograd.grad(away.norm(), move)
+                    got = run(prog, x + move.detach(), dtype=torch.float64, keep=None)
+                    for name, value in got.items():
+                        away = (value - values[name].centre).abs()
+                        assert (away <= values[name].radius).all() and away.norm() <= values[name].norm, (name, size)
+                    move = slope
+                if target == "out" and size == 1e-5:
+                    tightest = min(tightest, float(values["out"].norm / away.norm()))
+    assert tightest < 10
+
+
+@pytest.mark.parametrize("name", ["q", "k", "v", "scores", "shift", "soft", "mix"])
+def test_attention_is_bounded_wherever_the_displacement_arises(name):
+    """Scores and weights that are displaced themselves are no product and no softmax any more."""
+    for seed in range(3):
+        prog = attention(7, 5, 10 * seed, 0.4)
+        prepared, x = Prepared(prog), torch.randn(1, 7, 5, generator=seeded(seed)).double() + 1
+        for size in (1e-9, 1e-4, 0.05, 1.0):
+            values = propagate(prepared, x, inject=lambda op, centre, r=size: r if op.name == name else None)
+            for trial in range(12):
+                for key, value in noisy(prog, x, {name: size}.get, trial, trial % 3 > 0).items():
+                    away = (value - values[key].centre).abs()
+                    assert (away <= values[key].radius).all() and away.norm() <= values[key].norm, (key, size)
+            # All of one sign: the worst for weights whose rows should sum up to 1.
+            together = run(prog, x, dtype=torch.float64, keep=None, each=lambda op, v, r=size: tuple(
+                o + r if op.name == name else o for o in evaluate(op, v)
+            ))  # fmt: skip
+            for key, value in together.items():
+                away = (value - values[key].centre).abs()
+                assert (away <= values[key].radius).all() and away.norm() <= values[key].norm, (key, size)
+
+
 # Rounding.
 
 

@@ -6,8 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from bound_networks import CLASSES, copied, dense_layers, exported, images, program, pruned
-from conftest import ROOT
+from bound_networks import CLASSES, copied, dense_layers, images, program, pruned, quickstart
 from scipy.stats import spearmanr
 
 from mpdeploy.certify import objective
@@ -402,18 +401,6 @@ def test_equal_networks_have_no_step_and_no_budget():
 # Ranking.
 
 
-def quickstart():
-    import timm
-    from safetensors.torch import load_file
-
-    args = {"img_size": 28, "patch_size": 4, "in_chans": 1, "embed_dim": 128, "depth": 4, "num_heads": 2}
-    network = timm.create_model("vit_tiny_patch16_224", num_classes=10, class_token=False, global_pool="avg", **args)
-    network.load_state_dict(load_file(ROOT / "recipes" / "quickstart" / "vit.safetensors"))
-    data = np.load(ROOT / "recipes" / "quickstart" / "fashion_mnist_slice.npz")
-    pixels = next(v for k, v in sorted(data.items()) if v.ndim >= 3)[:48].reshape(-1, 1, 28, 28)
-    return exported(network.eval(), (1, 28, 28)), torch.from_numpy((pixels / 255 - 0.286) / 0.353).float()
-
-
 def two_of_four(weight):
     """The two smallest of four consecutive inputs are 0; weights of a MatMul are [inputs, outputs]."""
     groups = weight.T.reshape(weight.shape[1], -1, 4).copy()
@@ -422,7 +409,8 @@ def two_of_four(weight):
 
 
 def test_the_ranking_of_layers_follows_what_was_measured_on_the_quickstart_network():
-    prog, x = quickstart()
+    prog, x = quickstart(48)
+    x = x.float()
     layers = [op for op in prog.ops if op.kind == "MatMul" and op.inputs[1] in prog.constants]
     proposals = {op.name: {op.inputs[1]: two_of_four(prog.constants[op.inputs[1]])} for op in layers}
     scores = rank_layers(prog, x, proposals)

@@ -5,7 +5,7 @@ from fractions import Fraction
 
 import numpy as np
 import torch
-from bound_networks import CLASSES, copied, dense_layers, exported, images, program, pruned
+from bound_networks import CLASSES, copied, dense_layers, exported, images, program, pruned, quickstart
 
 from mpdeploy.certify.box_rules import Prepared
 from mpdeploy.certify.boxes import propagate
@@ -49,6 +49,16 @@ def test_a_shallow_vit_is_certified_and_a_deep_one_is_vacuous():
     assert (proof.state == State.VACUOUS).all()
     assert (proof.bound >= proof.range).all()
     assert proof.counts() == {"vacuous": 2, "not_certified": 0, "certified": 0}
+
+
+def test_the_quickstart_network_of_four_blocks_is_certified():
+    """A trained ViT: the covariance form of attention keeps float64's allowance below the margins."""
+    prog, x = quickstart(3)
+    mlp = [op.name for op in prog.ops if op.kind == "MatMul" and op.inputs[1] in prog.constants]
+    other = pruned(prog, 0.1, ops=mlp)
+    proof = real_arithmetic(prog, other, x)
+    assert (agreeing(prog, other, x)).all()
+    assert (proof.state == State.CERTIFIED).all() and 1e-9 < proof.bound.max() < 0.5
 
 
 def rational(prog, image):

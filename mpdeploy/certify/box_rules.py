@@ -135,6 +135,7 @@ class Rule:
         level: see `Box.level`.
         factors: see `Box.factors`.
         weights: see `Box.weights`.
+        inherited: what of the inputs' radius `factors` does not account for; it becomes part of `Box.added`.
     """
 
     between: Callable[[Deviations], Tensor]
@@ -144,6 +145,7 @@ class Rule:
     level: Tensor | None = None
     factors: tuple[Box, Box] | None = None
     weights: Weights | None = None
+    inherited: Tensor | None = None
 
 
 class Prepared:
@@ -531,10 +533,10 @@ def _add(context: Context) -> Rule:
     # A constant shifts the centre only.
     alone = len(boxes) == 1 and boxes[0].centre.shape == context.centre.shape
     level, factors = (boxes[0].level, boxes[0].factors) if alone else (None, None)
+    inherited = None if factors is None else boxes[0].added
     # A single addition errs relative to its result, which is at most the sum of the magnitudes.
-    return Rule(
-        between, norm=norm, error=gamma(terms, context.arithmetic.inner) * magnitude, level=level, factors=factors
-    )
+    error = gamma(terms, context.arithmetic.inner) * magnitude
+    return Rule(between, norm=norm, error=error, level=level, factors=factors, inherited=inherited)
 
 
 @_rule("Min", "Max")

@@ -152,7 +152,7 @@ def _output(
         gain = gain.expand_as(centre)
     why = next((value.why for value in inputs if isinstance(value, Box) and value.why), "")
     level = None if rule.level is None else torch.minimum(norm, safe(up(rule.level)))
-    box = Box(centre, radius, norm, gain, None, why, level, rule.factors, rule.weights)
+    box = Box(centre, radius, norm, gain, rule.inherited, why, level, rule.factors, rule.weights)
     return box if op.kind in MOVES else _stored(box, rule.error, arithmetic)
 
 
