@@ -195,7 +195,7 @@ def _allocated(
     params: Params,
     given: Given,
 ) -> "tuple[list[Layer], dict[str, Any]]":
-    """Measure every choice, rank three times, and give the layers the patterns of the ranking that the recipe names."""
+    """Measure every choice, rank four times, and give the layers the patterns of the ranking that the recipe names."""
     from mpdeploy.pruning.layers import weight_of
     from mpdeploy.pruning.measure import budget_of, described, measure, rank, with_patterns
     from mpdeploy.pruning.unstructured import seb_weights
