@@ -228,6 +228,8 @@ def pair_tables(pair: "Pair") -> None:
     for name, own in facts.get("top1", {}).items():
         out.print(f"top-1 of {name.upper()}: {100 * own['value']:.2f} %")
     out.print(facts["disagreement"]["statement"], soft_wrap=True)
+    need = facts["samples_for_target"]
+    out.print(f"{need['none_disagreeing']} samples without a disagreement bound it by {100 * need['target']:g} %.")
 
 
 def _proof_table(proofs: dict[str, Any]) -> Table:
