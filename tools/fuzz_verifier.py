@@ -227,16 +227,24 @@ class Fuzzer:
     def _is_lie(self, name: str, changed: bytes) -> str:
         """Say what a changed file says that is another thing than before, "" if nothing."""
         if name.endswith(".json"):
-            for where, old, new in differences(json.loads(self.files[name]), json.loads(changed), ""):
+            try:
+                value = json.loads(changed)
+            except ValueError as error:
+                return f"{name} can't be read: {error}"
+            for where, old, new in differences(json.loads(self.files[name]), value, ""):
                 place = f"{name}:{where}"
                 if not (FREE.fullmatch(place) or FREE.fullmatch(where.rpartition(".")[2]) or same(old, new)):
                     if AT_LEAST.fullmatch(place) and isinstance(new, float | int) and new >= old:
                         continue
                     return f"{place} is {new!r} and was {old!r}"
         if name in FIXED:
+            from safetensors import SafetensorError
             from safetensors.numpy import load
 
-            before, after = load(self.files[name]), load(changed)
+            try:
+                before, after = load(self.files[name]), load(changed)
+            except SafetensorError as error:
+                return f"{name} can't be read: {error}"
             for tensor in FIXED[name]:
                 if not np.array_equal(before[tensor], after[tensor]):
                     return f"{tensor} in {name} is another one"
