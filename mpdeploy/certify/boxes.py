@@ -10,9 +10,10 @@ Strassen or Winograd forms; erf, exp and tanh within 8 units (Higham, Accuracy a
 Welford variance). All rules hold for displacements of any size, none is a linearisation. No derivative is taken at a
 point: a slope is the largest on the whole segment.
 
-The bound's own arithmetic is float64 too. Every bound is made of at most 2^19 additions, products and quotients of
-non-negative numbers, and then multiplied by 1 + 2^-32: for n <= 2^19 roundings of relative size u = 2^-53 the computed
-value is at least (1 - u)^n >= 1 - 2^-34 times the exact one. TINY outweighs all that underflow can lose.
+The bound's own arithmetic is float64 too. What a rule computes is made of sums (of 2^19 terms at most), products and
+quotients of non-negative numbers, and is then multiplied by 1 + 2^-32: for up to n = 2^20 roundings of relative size
+u = 2^-53 in a row the computed value is at least (1 - u)^n >= 1 - 2^-33 times the exact one. Where a rule subtracts, it
+allows for that itself. TINY outweighs all that underflow can lose.
 """
 
 import math
@@ -69,7 +70,7 @@ def propagate(
         Name of a value -> Box, or a plain tensor where the value depends on the image's shape only.
     """
     program = prepared.program
-    centre = image.double()
+    centre = image.double().cpu()
     zero = torch.zeros_like(centre)
     values: dict[str, Value] = dict(prepared.constants)
     values[program.input] = _stored(Box(centre, zero, zero.sum(), zero if gains else None), 0.0, arithmetic)

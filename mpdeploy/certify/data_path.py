@@ -347,6 +347,7 @@ def _sample(dense: Prepared, other: Prepared, changed: Sequence[Op], image: Tens
     ahead = propagate(other, image)
     before = _box(propagate(dense, image)[program.output])
     first, why = before.centre[0], before.why
+    span = float(first.max() - first.min())
     position = {op.name: index for index, op in enumerate(program.ops)}
     steps = []
     for op in changed:
@@ -355,11 +356,13 @@ def _sample(dense: Prepared, other: Prepared, changed: Sequence[Op], image: Tens
         known[op.outputs[0]] = ball(_box(ahead[op.outputs[0]]), radius)
         reached = _box(propagate(dense, image, known=known, gains=True)[program.output])
         known[op.outputs[0]] = ahead[op.outputs[0]]
-        after = _box(propagate(dense, image, known=known)[program.output])
         assert reached.gain is not None
-        lipschitz = float(reached.gain.max())
-        # z^(j-1) is in the first enclosure and z^(j) in the second; both have the same centre.
-        apart = float((reached.radius + after.radius).max()) * UP
+        lipschitz, farthest = float(reached.gain.max()), float(reached.radius.max())
+        # z^(j-1) and z^(j) are both in this enclosure; where that says something, a closer one of z^(j) is worth a run.
+        after, apart = reached, 2 * farthest * UP
+        if apart < span:
+            after = _box(propagate(dense, image, known=known)[program.output])
+            apart = float((reached.radius + after.radius).max()) * UP
         eta = min(lipschitz * radius * UP if radius > 0 else 0.0, apart)
         measured = float((after.centre - before.centre).abs().max())
         norm, places = _input_norm(other, op, ahead)
