@@ -293,7 +293,9 @@ def make_weights(rng: np.random.Generator) -> dict[str, dict[str, np.ndarray]]:
     dense["norm.running_var"] = rng.uniform(0.5, 2.0, 8).astype(np.float32)
     dense["norm.num_batches_tracked"] = np.array(7, np.int64)
     pruned = {name: two_of_four(w) if name in ("mix.weight", "fc.weight") else w for name, w in in_order(dense).items()}
-    pruned["fc.bias"] = pruned["fc.bias"] + np.float32(0.125)  # what a refit moves beside the weight
+    # What a refit moves beside the weights: biases, and the statistics of the norm behind a layer.
+    for name, by in (("fc.bias", 0.125), ("norm.running_mean", 0.25), ("norm.running_var", 0.5)):
+        pruned[name] = pruned[name] + np.float32(by)
     tuned = {name: (w * 1.01).astype(w.dtype) if w.dtype == np.float32 else w.copy() for name, w in pruned.items()}
     return {"dense": dense, "pruned": pruned, "tuned": tuned}
 

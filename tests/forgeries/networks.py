@@ -224,6 +224,12 @@ def a_norm_that_was_changed(draft):
     weights(draft, "pruned")["norm.bias"][0] += 1
 
 
+@lie("layers", "far.running_mean is not the dense one")
+def statistics_of_a_norm_behind_no_pruned_layer(draft):
+    for at, stage in enumerate(("dense", "pruned", "tuned")):
+        weights(draft, stage)["far.running_mean"] = np.full(5, float(at), np.float32)
+
+
 @lie("layers", "extra.weight is not the dense one")
 def a_weight_that_no_layer_lists_was_changed(draft):
     for at, stage in enumerate(("dense", "pruned", "tuned")):
