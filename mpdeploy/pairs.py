@@ -21,7 +21,7 @@ from mpdeploy.errors import StageFailed
 from mpdeploy.runnable import Inputs, Runnable, check_same_input
 from mpdeploy.stages.environment import versions
 from mpdeploy.stages.images import strict_float32
-from mpdeploy.stages.validate import noise_of
+from mpdeploy.stages.noise import noise_of
 
 if TYPE_CHECKING:
     from mpdeploy.certify.noise_floor import Precision

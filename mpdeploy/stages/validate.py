@@ -4,7 +4,7 @@ import contextlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,20 +32,13 @@ from mpdeploy.stages.certify import load_networks
 from mpdeploy.stages.environment import needs, versions
 from mpdeploy.stages.export import file_name
 from mpdeploy.stages.images import open_images, strict_float32
-
-if TYPE_CHECKING:
-    from mpdeploy.certify.noise_floor import Precision
-    from mpdeploy.certify.program import Program
+from mpdeploy.stages.noise import Noise, foretold, noise_of
 
 Logits = NDArray[np.float32]
 Sessions = Mapping[str, Session]
 
 COMMON = ("dense", "pruned", "tuned", "onnx")
 """The stages that all engines share; each engine is one more behind the last of them."""
-NOISE_DELTA = 0.01
-"""Chance, in the noise floor's model, that a sound engine is called beyond it."""
-MOST_KINDS = 5
-"""Operator types whose share of the noise is told."""
 FORWARD = 64
 """Images per forward pass, or fewer where an engine takes fewer."""
 
@@ -283,28 +276,16 @@ def _with(rows: Rows, branch: Branch) -> Rows:
     )
 
 
-@dataclass(frozen=True)
-class Noise:
-    """One stage's error on a few images against what its precision explains.
-
-    Attributes:
-        sigma: float64 [n], of the pair of the graph's label and its runner-up.
-        error: float64 [n], measured on that pair.
-        facts: what results.json says of it.
-    """
-
-    sigma: NDArray[np.float64]
-    error: NDArray[np.float64]
-    facts: dict[str, Any]
-
-
 def _noise(given: Given, chain: Sessions, engines: Sessions, images: Logits, size: int) -> dict[str, Noise]:
     """Hold the exported graph against PyTorch, and each engine against the graph that it was built from."""
     from mpdeploy.graph.program import read_program
 
-    tuned, onnx = (_in_batches(chain[stage], images, size) for stage in ("tuned", "onnx"))
+    found: dict[str, Noise] = {}
     given.progress("computing noise floors", 0, 1 + len(engines))
-    found = {"onnx": noise_of(read_program(exported_file(given)), "fp32", images, onnx, tuned, executions=2)}
+    exported = exported_file(given)
+    if exported.name == file_name("sparse", "fp32"):  # an fp16 file differs by its rounded weights as well
+        tuned, onnx = (_in_batches(chain[stage], images, size) for stage in ("tuned", "onnx"))
+        found["onnx"] = noise_of(read_program(exported), "fp32", images, onnx, tuned, executions=2)
     for name, session in engines.items():
         given.progress("computing noise floors", len(found), 1 + len(engines))
         program, declared = read_program(_built_from(given, name)), _manifest(given, name)["precision"]
@@ -315,55 +296,9 @@ def _noise(given: Given, chain: Sessions, engines: Sessions, images: Logits, siz
 
 def _foretold(given: Given, name: str, images: Logits) -> dict[str, Any]:
     """Return what the noise floor's model foretells of an engine that is not run here."""
-    from mpdeploy.certify.noise_floor import forecast, noise_floor
     from mpdeploy.graph.program import read_program
 
-    program, declared = read_program(_built_from(given, name)), _manifest(given, name)["precision"]
-    return forecast(noise_floor(program, images, precision=declared))
-
-
-def noise_of(
-    program: "Program",
-    precision: "Precision",
-    images: Logits,
-    after: Logits,
-    before: NDArray[Any] | None = None,
-    executions: int = 1,
-) -> Noise:
-    """Measure one stage's error and compute the noise floor that it is held against.
-
-    Args:
-        program: the graph.
-        precision: what the stage declares.
-        images: float32 [n, C, H, W].
-        after: the stage's logits, [n, K].
-        before: those of the stage before, [n, K]; None for the graph itself in float64.
-        executions: how many rounded runs lie between the two: 2 where `before` was run in the same precision.
-    """
-    from mpdeploy.certify.noise_floor import exact_logits, forecast, judge, noise_floor, pair_errors
-
-    floor = noise_floor(program, images, precision=precision)
-    error = pair_errors(after, exact_logits(program, images) if before is None else before, floor)
-    judged = judge(error, floor, delta=NOISE_DELTA, executions=executions)
-    kinds = sorted(floor.kinds.items(), key=lambda item: -item[1])[:MOST_KINDS]
-    return Noise(
-        sigma=floor.sigma[:, 0] * np.sqrt(executions),
-        error=error[:, 0],
-        facts={
-            "precision": precision,
-            "pairs": judged.comparisons,
-            "sigma_median": float(np.median(floor.sigma)) * float(np.sqrt(executions)),
-            "ratio_rms": judged.rms,
-            "ratio_max": judged.largest,
-            "rms_limit": judged.rms_limit,
-            "threshold": judged.threshold,
-            "delta": NOISE_DELTA,
-            "verdict": judged.verdict,
-            "reason": judged.reason,
-            "flips_at_most": forecast(floor)["flips_at_most"],
-            "spent_on": dict(kinds),
-        },
-    )
+    return foretold(read_program(_built_from(given, name)), _manifest(given, name)["precision"], images)
 
 
 def _built_from(given: Given, name: str) -> Path:

@@ -36,7 +36,7 @@ from mpdeploy.runtimes import cpu_name
 from mpdeploy.runtimes.onnxruntime import OnnxSession
 from mpdeploy.runtimes.torch_eager import TorchSession
 from mpdeploy.stages.images import exact_logits
-from mpdeploy.stages.validate import noise_of
+from mpdeploy.stages.noise import noise_of
 
 ROOT = Path(__file__).parents[2]
 RESULTS = Path(__file__).parent / "results" / "certificates.json"
