@@ -175,8 +175,11 @@ def _displaced(box: Box, extra: Tensor | float) -> Box:
     return replace(box, radius=safe(up(box.radius + extra)), norm=norm, added=added, level=level)
 
 
-def ball(box: Box, radius: float) -> Box:
-    """Every value within `radius` of each element of a box: the displacement that gains are with respect to."""
+def ball(box: Box, radius: Tensor | float) -> Box:
+    """Every value within `radius` of each element of a box: the displacement that gains are with respect to.
+
+    The radius may differ from element to element; gains are with respect to the largest displacement of any.
+    """
     moved = _displaced(box, radius)
     return replace(moved, gain=torch.ones_like(box.centre), weights=None)
 

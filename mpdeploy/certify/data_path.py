@@ -5,11 +5,11 @@ of the graph. The intermediate network j has the other network's constants up to
 psi_j, the input of step j, is that of the other network's own forward, and the tail is dense. Step j displaces its
 operator's output by R_j psi_j, biases included.
 
-Two proved bounds of what that does to the logits, both on the whole ball ||d||_inf <= ||R_j psi_j||_inf around the
-operator's output in network j, which holds the segment between both networks: L_s, a Lipschitz constant on that ball,
-for statements along the path A_theta; and the smaller of L_s ||R_j psi_j||_inf and the enclosure of the logits,
-`eta`, for statements about its two ends. For a single known change the paired forward is exact and costs less; these
-bounds also speak for every other displacement of the same size.
+Two proved bounds of what that does to the logits, both on the whole box |d_i| <= |(R_j psi_j)_i| around the operator's
+output in network j, which holds the segment between both networks: L_s, a Lipschitz constant on it from the maximum
+norm to the maximum norm, for statements along the path A_theta; and the smaller of L_s ||R_j psi_j||_inf and the
+enclosure of the logits, `eta`, for statements about its two ends. For a single known change the paired forward is
+exact and costs less; these bounds also speak for every other displacement within the box.
 """
 
 from collections.abc import Mapping, Sequence
@@ -39,7 +39,7 @@ class Step:
         op: its name.
         change: of its constants, all of them together.
         displaced: bound of ||R_j psi_j||_inf.
-        lipschitz: L_s of the tail on the ball of that radius; inf where there is no bound.
+        lipschitz: L_s of the tail on the box of all displacements as large; inf where there is no bound.
         eta: bound of ||z^(j) - z^(j-1)||_inf.
         measured: the same, as float64 computed it.
         norms: largest ||psi_j||_2 that one row of the weights meets; NaN where the operator is no product.
@@ -352,8 +352,9 @@ def _sample(dense: Prepared, other: Prepared, changed: Sequence[Op], image: Tens
     steps = []
     for op in changed:
         known = _prefix(other.program, ahead, position[op.name])
-        radius = displacement(dense, other, op, ahead)
-        known[op.outputs[0]] = ball(_box(ahead[op.outputs[0]]), radius)
+        pushed = displacement(dense, other, op, ahead)
+        radius = float(pushed.max())
+        known[op.outputs[0]] = ball(_box(ahead[op.outputs[0]]), pushed)
         reached = _box(propagate(dense, image, known=known, gains=True)[program.output])
         known[op.outputs[0]] = ahead[op.outputs[0]]
         assert reached.gain is not None
@@ -381,8 +382,8 @@ def _prefix(program: Program, values: Mapping[str, Value], last: int) -> dict[st
     return {name: values[name] for op in program.ops[: last + 1] for name in op.outputs if name}
 
 
-def displacement(dense: Prepared, other: Prepared, op: Op, values: Mapping[str, Value]) -> float:
-    """Proved bound of ||op(psi; dense constants) - op(psi; other constants)||_inf, psi from the other network's values.
+def displacement(dense: Prepared, other: Prepared, op: Op, values: Mapping[str, Value]) -> Tensor:
+    """Proved bound of |op(psi; dense constants) - op(psi; other constants)|, psi from the other network's values.
 
     The smaller of two: the difference of what float64 computes and both roundings; and |R| |psi|, for products, which
     is 0 where R meets only zeros.
@@ -393,7 +394,7 @@ def displacement(dense: Prepared, other: Prepared, op: Op, values: Mapping[str, 
         dense.constants[name] if name in constants else value for name, value in zip(op.inputs, theirs, strict=True)
     ]
     a, b = _box(step(dense, op, ours)[0]), _box(step(other, op, theirs)[0])
-    computed = float(((a.centre - b.centre).abs() + a.radius + b.radius).max()) * UP
+    computed = ((a.centre - b.centre).abs() + a.radius + b.radius) * UP
     removed = [
         (x - y).abs()
         if isinstance(x, Tensor) and isinstance(y, Tensor)
@@ -405,8 +406,7 @@ def displacement(dense: Prepared, other: Prepared, op: Op, values: Mapping[str, 
     if op.kind not in ("Conv", "Gemm", "MatMul") or sum(isinstance(x, Box) for x in ours) != 1:
         return computed
     absolute = Op(op.name, op.kind, op.inputs, op.outputs, _positive(op.attributes))
-    products = float(evaluate(absolute, removed)[0].max()) * UP
-    return min(computed, products)
+    return torch.minimum(computed, evaluate(absolute, removed)[0] * UP)
 
 
 def _positive(attributes: Mapping[str, Any]) -> dict[str, Any]:
