@@ -187,9 +187,10 @@ def dense_for(draft, name, **row):
     """Leave a pruned layer dense, in layers, weights and graphs, as an honest producer would."""
     dense = in_order(weights(draft, "dense"))
     for stage in ("pruned", "tuned"):
-        for part in ("weight", "bias"):
-            if f"{name}.{part}" in dense:
-                weights(draft, stage)[f"{name}.{part}"] = dense[f"{name}.{part}"].copy()
+        behind = ["norm.running_mean", "norm.running_var"] if name == "mix" else []
+        for key in (f"{name}.weight", f"{name}.bias", *behind):
+            if key in dense:
+                weights(draft, stage)[key] = dense[key].copy()
     draft.json["layers.json"] = [
         {**layer, "pattern": "", "reason": "for a reason", "density": None, **row} if layer["name"] == name else layer
         for layer in draft.json["layers.json"]
