@@ -1,6 +1,6 @@
 """The provable levels side by side, as facts for a certificate: L1 and L3 about labels, L2 about the data path.
 
-Each says for how many samples it holds, and for how many it is vacuous: on real transformers most of them are, because
+Each says for how many samples it holds, and for how many it is vacuous: on deep transformers all of them are, because
 the enclosures grow by orders of magnitude per block. A vacuous bound is neither a pass nor a failure.
 """
 

@@ -53,7 +53,7 @@ NETWORKS: dict[str, tuple[str, tuple[str, ...], tuple[tuple[str, int, int], ...]
     "quickstart": (
         "quickstart.toml",
         ('export.precision=["fp32", "fp16"]', "gates.min_certified=0.0"),
-        (("12:16", 0, 0), ("2:4", 0, 1), ("2:4", 1, 0), ("1:4", 0, 0), ("1:4", 1, 0)),
+        (("12:16", 0, 0), ("2:4", 0, 8), ("2:4", 1, 0), ("1:4", 0, 0), ("1:4", 1, 0)),
     ),
     "vit": (
         "elpv.toml",
