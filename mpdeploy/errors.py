@@ -9,6 +9,9 @@
 A failed gate (1) and an inconclusive one (4) are results, not exceptions. Only `cli` turns an error into a code.
 """
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
 
 class MpdeployError(Exception):
     """Base of every error that mpdeploy raises on purpose.
@@ -47,3 +50,15 @@ class StageFailed(MpdeployError):
 
 class CorruptArtifact(MpdeployError):
     """A file on disk is not what was written."""
+
+
+@contextmanager
+def reworded(words: Sequence[tuple[str, str]]) -> Iterator[None]:
+    """Let errors speak of a command's own options where the library speaks of a recipe's keys."""
+    try:
+        yield
+    except MpdeployError as error:
+        what, hint = error.what, error.hint
+        for old, new in words:
+            what, hint = what.replace(old, new), hint.replace(old, new)
+        raise type(error)(what, hint) from error

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from mpdeploy.artifact import MANIFEST, check_files, read_json, sha256_of
 from mpdeploy.bundle import check_is_bundle
 from mpdeploy.data import draw, open_dataset
-from mpdeploy.errors import RecipeError, StageFailed
+from mpdeploy.errors import RecipeError, StageFailed, reworded
 from mpdeploy.init import kind_and_name
 from mpdeploy.preprocessing import Preprocessing
 from mpdeploy.recipe import Data, Source, load_recipe
@@ -29,6 +29,17 @@ if TYPE_CHECKING:
 
 Floats = NDArray[np.float32]
 STATES = ("dense", "pruned", "tuned")
+# What the library calls the recipe's keys is called otherwise where there is no recipe.
+_WORDS = (
+    ("name the .safetensors or .pth file in source.weights", "write MODEL=FILE with the .safetensors or .pth file"),
+    ("a folder works as model = 'local-dir:/folder'", "a folder works as local-dir:/folder"),
+    ('Or write "pretrained" or "random".', "MODEL=pretrained and MODEL=random work too."),
+    ("; strict = false loads only what fits", ""),
+    ("set num_classes", "pass --arg num_classes=N"),
+    ("source.weights: ", ""),
+    ("source.model: ", ""),
+    ("source: ", ""),
+)
 BATCH = 64
 
 
@@ -90,14 +101,15 @@ def opened(text: str, args: Mapping[str, Any]) -> Iterator[Runnable]:
     whole = Path(text)
     name, _, which = (text, "", "") if whole.exists() else text.rpartition("=") if "=" in text else (text, "", "")
     path = Path(name)
-    if path.suffix == ".onnx":
-        runnable = _onnx(path, name, which)
-    elif path.suffix == ".toml":
-        runnable = _recipe(path, text, which, args)
-    elif (path / MANIFEST).is_file() or path.is_dir():
-        runnable = _bundle(path, text, which)
-    else:
-        runnable = _named(name, text, which, args)
+    with reworded(_WORDS):
+        if path.suffix == ".onnx":
+            runnable = _onnx(path, name, which)
+        elif path.suffix == ".toml":
+            runnable = _recipe(path, text, which, args)
+        elif (path / MANIFEST).is_file() or path.is_dir():
+            runnable = _bundle(path, text, which)
+        else:
+            runnable = _named(name, text, which, args)
     with runnable.session:
         yield runnable
 

@@ -2,8 +2,7 @@
 
 import re
 import tomllib
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from mpdeploy.artifact import MANIFEST, check_files, read_json
 from mpdeploy.bundle import check_is_bundle
-from mpdeploy.errors import MpdeployError, RecipeError, StageFailed
+from mpdeploy.errors import RecipeError, StageFailed, reworded
 from mpdeploy.init import kind_and_name
 from mpdeploy.pruning.spectrum import (
     DOUBTS,
@@ -55,7 +54,7 @@ SIGNAL = (
 )
 
 # What the library calls the recipe's keys is called otherwise where there is no recipe.
-_REWORDED = (
+_WORDS = (
     ("name the .safetensors or .pth file in source.weights", "pass the .safetensors or .pth file as --weights FILE"),
     ("a folder works as model = 'local-dir:/folder'", "a folder works as MODEL local-dir:/folder"),
     ('Or write "pretrained" or "random".', "Or pass --weights pretrained or --weights random."),
@@ -273,7 +272,7 @@ def _read(model: "str | Path | nn.Module", weights: str | None, args: dict[str, 
     if path.suffix in STATE_DICTS:
         _only_file(str(model), weights, args)
         return path.name, "the file's own", _of_state(_state(path), {})
-    with _reworded():
+    with reworded(_WORDS):
         kind, name = kind_and_name(str(model))
         # Not validated: a constructor called from Python takes more than a recipe can hold, and judges by itself.
         source = Source.model_construct(
@@ -335,7 +334,7 @@ def _state(path: Path) -> "dict[str, Tensor]":
 
     if not path.is_file():
         raise RecipeError(f"{path} is not a file.", hint="MODEL is a name, a recipe, a bundle or a state dict's file.")
-    with _reworded():
+    with reworded(_WORDS):
         return read_state(path)
 
 
@@ -408,15 +407,3 @@ def page_path(out: str | Path, model: str) -> Path:
         )
     short = re.sub(r"[^A-Za-z0-9._-]+", "-", model).strip("-._")[:60]
     return path / f"{short or 'network'}.spectrum.html"
-
-
-@contextmanager
-def _reworded() -> Iterator[None]:
-    """Let errors speak of this command's options where the library speaks of a recipe's keys."""
-    try:
-        yield
-    except MpdeployError as error:
-        what, hint = error.what, error.hint
-        for old, new in _REWORDED:
-            what, hint = what.replace(old, new), hint.replace(old, new)
-        raise type(error)(what, hint) from error
