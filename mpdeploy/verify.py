@@ -816,7 +816,7 @@ def _check_entry(
     must(
         own[0].axis == entry["axis"], f"{where} has its inputs along axis {own[0].axis}, listed is axis {entry['axis']}"
     )
-    groups = layer.get("groups", own[0].groups)
+    groups = layer["groups"] if entry["layer"] in layers else own[0].groups
     must(groups == own[0].groups, f"{where} is multiplied in {own[0].groups} groups, layers.json has {groups}")
     must(np.isfinite(array).all(), f"{where} is not finite everywhere")
     if not sparse:
@@ -916,7 +916,9 @@ def _check_same_weight(entry: Mapping[str, Any], graph: Graph, state: Mapping[st
         norms,
         f"{file}: {name} is not the certified {layer}.weight, and no BatchNorm of weights/tuned explains the ratio",
     )
-    node = next(node for node in graph.nodes if (node.name or node.outputs[0]) == entry["node"])
+    named = [node for node in graph.nodes if node.outputs and (node.name or node.outputs[0]) == entry["node"]]
+    must(named, f"{file}: there is no node {entry['node']}, of which the sparsity manifest says that it uses {name}")
+    node = named[0]
     bias = graph.constants[node.inputs[2]] if len(node.inputs) > 2 else np.zeros(len(own), own.dtype)
     before = state.get(f"{layer}.bias", np.zeros(len(own)))
     shifted = any(_shifts(norm, scale, before, bias, state) for norm, scale in norms.items())
@@ -2125,8 +2127,8 @@ def judge(name: str, limit: float, row: Mapping[str, Any], bundle: Bundle) -> Ju
     if value is None:
         return Judged(name, limit, None, None, None, Verdict.UNCHECKED, "nothing was measured that it could judge")
     if name == "min_speedup":
-        assert low is not None  # for the type checker: a ratio has both ends
-        assert high is not None
+        if low is None or high is None:
+            raise Refuted("the ratio of times is stated without an interval")
         verdict = Verdict.HOLDS if low >= limit else Verdict.REFUTED if high < limit else Verdict.UNCHECKED
     else:
         fits = value <= limit if name.startswith("max_") else value >= limit

@@ -680,6 +680,11 @@ def a_folded_bias_edited(draft):
     draft.set_constant("mix.weight_bias", array)
 
 
+@lie("export:model.onnx", "there is no node node_gone")
+def a_folded_weight_of_a_node_that_is_not_there(draft):
+    draft.restate(lambda m: m["weights"][0].update(node="node_gone"))
+
+
 @lie("export:model.onnx", "the bias of mix is not the one")
 def a_folded_bias_left_out(draft):
     node = next(node for node in draft.onnx["model.onnx"].graph.node if node.name == "node_mix")

@@ -205,6 +205,11 @@ def a_gate_with_another_interval(draft):
     draft.gate("min_certified")["low"] += 0.05
 
 
+@lie("verdict", "stated without an interval")
+def a_ratio_without_an_interval(draft):
+    latency(draft)["ratio"]["low"] = None
+
+
 @lie("verdict", "is stated as holds, it is refuted")
 def a_failed_gate_that_is_said_to_hold(draft):
     fail_a_gate(draft)
