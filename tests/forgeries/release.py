@@ -210,6 +210,11 @@ def a_ratio_without_an_interval(draft):
     latency(draft)["ratio"]["low"] = None
 
 
+@lie("verdict", "stated without an interval")
+def a_ratio_without_an_upper_end(draft):
+    latency(draft)["ratio"]["high"] = None
+
+
 @lie("verdict", "is stated as holds, it is refuted")
 def a_failed_gate_that_is_said_to_hold(draft):
     fail_a_gate(draft)
