@@ -191,9 +191,8 @@ def test_a_certification_image_that_was_a_calibration_image_is_refuted(copy: Pat
 
 def test_waterfall_adds_up_to_what_the_ledger_holds(page: str, whole: Path) -> None:
     ledger, samples = load_file(whole / "ledger.safetensors"), load_file(whole / "samples.safetensors")
-    label = ledger["dense_label"]
-    rungs = [ledger["dense"], ledger["pruned"], ledger["tuned"], samples[f"certification.{DEPLOY}"]]
-    means = [slack(z, label).mean() for z in rungs]
+    rungs = [*ledger["logits"].transpose(1, 0, 2), samples[f"certification.{DEPLOY}"]]
+    means = [slack(z).mean() for z in rungs]
     described = re.search(r'id="waterfall-desc">([^<]*)<', page)
     assert described
     assert f"dense margin {means[0]:.2f}" in described[1]
@@ -262,7 +261,7 @@ def test_logits_that_are_not_finite_are_named_and_left_out_of_the_figures(
     for name in FIGURES[1:]:
         monkeypatch.setattr(plots, name, lambda *_: Markup("<svg></svg>"))
     ledger = load_file(copy / "ledger.safetensors")
-    ledger["pruned"][3, 1], ledger["tuned"][7, 0] = np.nan, np.inf
+    ledger["logits"][3, 1, 1], ledger["logits"][7, 2, 0] = np.nan, np.inf
     save_file(ledger, copy / "ledger.safetensors")
     seal(copy)
     page = render(copy)

@@ -70,7 +70,10 @@ NETWORKS: dict[str, tuple[str, tuple[str, ...], tuple[tuple[str, int, int], ...]
 
 
 def write_crops(folder: Path) -> Path:
-    """Write an image folder of random crops of the twenty labelled photos that a package ships, ten for each split."""
+    """Write an image folder of random crops of the twenty photos that a package ships, ten for each split.
+
+    A folder needs every class on both sides, and no photo is on both: all are of one class, and no top-1 is taken.
+    """
     photos = open_dataset(Data.model_validate({"kind": "packaged", "name": "imagenet-samples"}))
     rng = np.random.default_rng(0)
     for split, each in CROPS.items():
@@ -81,9 +84,9 @@ def write_crops(folder: Path) -> Path:
                 side = int(rng.uniform(0.4, 1.0) * min(photo.shape[:2]))
                 y, x = (int(rng.integers(0, size - side + 1)) for size in photo.shape[:2])
                 image = Image.fromarray(photo[y : y + side, x : x + side]).resize((256, 256), Image.Resampling.BICUBIC)
-                for part in CROPS:  # a class has to exist on both sides, even where it holds no image of its own
-                    (folder / part / f"{int(source.labels[index]):04d}").mkdir(parents=True, exist_ok=True)
-                image.save(folder / split / f"{int(source.labels[index]):04d}" / f"{source.ids[index]}-{k}.png")
+                home = folder / split / "photo"
+                home.mkdir(parents=True, exist_ok=True)
+                image.save(home / f"{index}-{k}.png")
     return folder
 
 
