@@ -63,7 +63,7 @@ NETWORKS: dict[str, tuple[str, tuple[str, ...], tuple[tuple[str, int, int], ...]
     "cnn": (
         "efficientnet_lite0.toml",
         ('data.kind="folder"', 'data.name=""', "data.calibration=96", "data.certification=100",
-         'export.precision=["fp32", "fp16"]', "validate.samples=200"),
+         'export.precision=["fp32", "fp16"]', "validate.samples=200", "tune.hard_weight=0.0"),
         (("12:16", 0, 0), ("2:4", 0, 0), ("2:4", 1, 0)),
     ),
 }  # fmt: skip
