@@ -258,7 +258,10 @@ def _proof_table(proofs: dict[str, Any]) -> Table:
             made.add_row(f"ball: {ball['why_not']}", "", "", "", "")
         else:
             n, same = ball["samples"], ball["same"]
-            made.add_row(f"same label on the whole ball of {ball['eps']:g}", str(same), str(n - same), "", str(n))
+            cost = f"{ball['multiply_adds']:.3g} multiply-adds"
+            made.add_row(
+                f"same label on the whole ball of {ball['eps']:g} ({cost})", str(same), str(n - same), "", str(n)
+            )
     return made
 
 
