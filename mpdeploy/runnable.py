@@ -3,7 +3,7 @@
 import contextlib
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -209,6 +209,7 @@ def _bundle(folder: Path, text: str, which: str) -> Runnable:
     from safetensors.torch import load_file
 
     from mpdeploy.models import rebuild
+    from mpdeploy.stages.prune import fold_orders
 
     check_is_bundle(folder)
     files = read_json(folder / MANIFEST)["files"]
@@ -217,8 +218,15 @@ def _bundle(folder: Path, text: str, which: str) -> Runnable:
     which = which or STATES[0]
     if which in STATES:
         state = load_file(folder / f"weights/{which}.safetensors")
-        module = rebuild(read_json(folder / "model.json"), state)
-        return _of_module(module, preprocessing, text, f"PyTorch, the bundle's {which} weights")
+        architecture = read_json(folder / "model.json")
+        network = _of_module(
+            rebuild(architecture, state), preprocessing, text, f"PyTorch, the bundle's {which} weights"
+        )
+        if which == "dense":  # the same function in the others' channel order: operator by operator comparable
+            fold_orders(state, read_json(folder / "orders.json"))
+            program = partial(_exported, rebuild(architecture, state), preprocessing.input_size)
+            return replace(network, program=program)
+        return network
     engines = sorted({name.split("/")[1] for name in files if name.startswith("engines/")})
     if which not in engines:
         raise RecipeError(

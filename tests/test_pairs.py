@@ -14,6 +14,7 @@ from safetensors.numpy import load_file
 
 import mpdeploy
 from mpdeploy import cli
+from mpdeploy.certify.data_path import changed_ops
 from mpdeploy.errors import RecipeError, StageFailed
 from mpdeploy.runnable import open_inputs, opened
 
@@ -109,6 +110,17 @@ def test_a_bundle_s_networks_and_engines(small_run):
     bundle = str(small_run.bundle)
     pair = mpdeploy.certify_pair(bundle, f"{bundle}=tuned", data=str(QUICKSTART), samples=40)
     assert pair.facts["samples"] == 40 and pair.facts["a"]["what"].endswith("dense weights")
+    # The dense network's graph comes in the pruned one's channel order, or no layer would differ by what was removed.
+    with opened(bundle, {}) as dense, opened(f"{bundle}=pruned", {}) as pruned:
+        one, other = dense.program(), pruned.program()
+    stated = json.loads((small_run.bundle / "certificate.json").read_text())["objective"]["changed"]
+    removed = sum(
+        float(np.square(one.constants[name].astype(float) - other.constants[name]).sum())
+        for op in changed_ops(one, other)
+        for name in op.inputs
+        if name in other.constants and other.constants[name].ndim > 1
+    )
+    assert removed == pytest.approx(sum(row["frobenius"] ** 2 for row in stated), rel=1e-5)
     engine = mpdeploy.certify_pair(
         f"{bundle}/model.onnx", f"{bundle}=onnxruntime-cpu-fp32", data=str(QUICKSTART), samples=40
     )

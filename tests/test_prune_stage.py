@@ -28,7 +28,7 @@ def test_the_folded_orders_leave_the_dense_logits_as_they_are(run):
     images = torch.randn(8, 1, 28, 28, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         before = rebuild(source.json("model.json"), {k: v.clone() for k, v in state.items()})(images)
-        fold_orders(state, pruned)
+        fold_orders(state, pruned.json("orders.json"))
         after = rebuild(source.json("model.json"), state)(images)
     orders = pruned.json("orders.json")
     assert orders["folded"] and orders["logit_change"] < 1e-5

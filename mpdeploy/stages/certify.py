@@ -96,7 +96,7 @@ def _dense_in_order(given: Given) -> "dict[str, Any]":
     from mpdeploy.stages.prune import fold_orders
 
     state = load_file(given["source"].path("dense.safetensors"))
-    fold_orders(state, given["prune"])
+    fold_orders(state, given["prune"].json("orders.json"))
     return state
 
 

@@ -257,18 +257,18 @@ def _orders(orders: Any) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def fold_orders(state: Mapping[str, Any], made: Artifact) -> None:
+def fold_orders(state: Mapping[str, Any], orders: Mapping[str, Any]) -> None:
     """Bring a dense network's tensors into the channel order of the pruned one, in place.
 
     Args:
         state: tensors by name, as `state_dict()` returns them.
-        made: what this stage made.
+        orders: orders.json, as this stage writes it.
     """
     import torch
 
     from mpdeploy.pruning.couplings import Coupling, Member, fold
 
-    for row in made.json("orders.json")["folded"]:
+    for row in orders["folded"]:
         fields = dict(row["coupling"])
         for side in ("producers", "consumers"):
             fields[side] = tuple(Member(**member) for member in fields[side])

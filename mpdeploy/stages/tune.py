@@ -102,7 +102,7 @@ def _tuned(params: Params, given: Given) -> "tuple[dict[str, torch.Tensor], Tune
     architecture = given["source"].json("model.json")
     dense = load_file(given["source"].path("dense.safetensors"))
     # The same function, but its features come in the student's order of channels.
-    fold_orders(dense, given["prune"])
+    fold_orders(dense, given["prune"].json("orders.json"))
     teacher = rebuild(architecture, dense)
     pruned = load_file(given["prune"].path("pruned.safetensors"))
     student = rebuild(architecture, pruned)
