@@ -1254,7 +1254,7 @@ def read_columns(tensors: Mapping[str, Array], stages: Sequence[str], classes: i
 
 
 def check_kept(columns: Columns, beside: Sequence[Array], keep: int, where: str) -> None:
-    """Check which classes are kept: the label, every stage's winner, and the best of the dense network.
+    """Check which classes are kept: both labels, in every stage the best other one, and the best of the dense network.
 
     Args:
         columns: of the ledger.
@@ -1270,7 +1270,7 @@ def check_kept(columns: Columns, beside: Sequence[Array], keep: int, where: str)
     for z in arrays:
         own = z[:, :-1].astype(np.float64)
         must((own.max(axis=1) >= z[:, -1])[clear].all(), f"{where}: a winner is not among the kept classes")
-        special |= columns.kept == decide(z, columns.kept)[:, None]
+        special[:, 1:] |= own[:, 1:] == own[:, 1:].max(axis=1, keepdims=True)
     low = ~special & (columns.logits[:, 0, :-1] < columns.logits[:, 0, -1:])
     must(not low[clear].any(), f"{where}: a class is kept that is neither special nor among the dense network's best")
 

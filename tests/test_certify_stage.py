@@ -1,6 +1,7 @@
 """The stage certify in a whole run: few classes kept, proofs tried, clusters named, and what the checker says of it."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -8,6 +9,8 @@ from conftest import QUICKSTART, SMALL
 from safetensors.numpy import load_file
 
 import mpdeploy
+from mpdeploy import verify
+from mpdeploy.certify.ledger import columns, rows_of
 from mpdeploy.certify.proof import State
 from mpdeploy.errors import RecipeError
 from mpdeploy.recipe import load_recipe
@@ -97,3 +100,24 @@ def test_each_stage_stays_within_its_noise_floor(bundle):
 def test_senseless_values_are_refused(changes):
     with pytest.raises(RecipeError, match=changes.split("=")[0]):
         load_recipe(QUICKSTART, (changes,))
+
+
+@pytest.mark.parametrize("keep", [2, 8, 16])
+def test_the_checker_accepts_what_the_ledger_keeps_of_many_classes(keep):
+    """Stages and engines that drift far apart bring classes in that the dense network ranks low."""
+    rng = np.random.default_rng(keep)
+    n, classes = 300, 200
+    dense = rng.normal(size=(n, classes)).astype(np.float32)
+    names = ("dense", "pruned", "tuned", "onnx")
+    stages = {name: dense + i * rng.normal(size=dense.shape).astype(np.float32) for i, name in enumerate(names)}
+    engines = [stages["onnx"] + rng.normal(size=dense.shape).astype(np.float32) for _ in range(2)]
+    rows = rows_of(rng.integers(0, classes, n), stages, keep, engines)
+    read = verify.read_columns(vars(rows), names, classes, "here")
+    verify.check_kept(read, [columns(z, rows.kept_classes) for z in engines], keep, "here")
+    swapped = rows.kept_classes.copy()
+    lowest = dense.argmin(axis=1)
+    swapped[np.arange(n), -1] = np.where((swapped == lowest[:, None]).any(axis=1), swapped[:, -1], lowest)
+    other = replace(rows, kept_classes=swapped, logits=np.stack([columns(z, swapped) for z in stages.values()], 1))
+    lied = [columns(z, swapped) for z in engines]
+    with pytest.raises(verify.Refuted, match=r"neither special nor|a winner is not|own label is not"):
+        verify.check_kept(verify.read_columns(vars(other), names, classes, "here"), lied, keep, "here")
