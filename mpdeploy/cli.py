@@ -150,7 +150,9 @@ def certify(
         list[str] | None, typer.Option("--arg", metavar="KEY=VALUE", help="Pass it to the networks' constructors.")
     ] = None,
     keep: Annotated[int, typer.Option("--keep", min=2, help="Classes kept of each sample.")] = 16,
-    confidence: Annotated[float, typer.Option("--confidence", help="Of every interval and bound.")] = 0.95,
+    confidence: Annotated[
+        float, typer.Option("--confidence", min=0.5, max=0.999999, help="Of every interval and bound.")
+    ] = 0.95,
     candidates: Annotated[
         int, typer.Option("--candidates", min=1, help="Networks that B was chosen from on these same samples.")
     ] = 1,
@@ -159,7 +161,8 @@ def certify(
     ] = None,
     proofs: Annotated[int, typer.Option("--proofs", min=0, help="Samples on which to try proofs; seconds each.")] = 0,
     ball: Annotated[
-        float | None, typer.Option("--ball", metavar="EPS", help="With --proofs: compare ReLU networks on balls too.")
+        float | None,
+        typer.Option("--ball", metavar="EPS", min=0.0, help="With --proofs: compare ReLU networks on balls too."),
     ] = None,
     min_agreement: Annotated[
         float | None, typer.Option("--min-agreement", metavar="SHARE", help="Exit 1 if fewer labels are kept.")

@@ -103,6 +103,7 @@ def compare(
     parts, done, total = [], 0, len(inputs.ids)
     exact: NDArray[np.float64] | None = None
     plain: NDArray[np.float32] | None = None
+    why_not = "" if a.exact is not None else f"{a.name} is a built engine, which runs in its own precision only."
     with strict_float32():
         for batch in inputs.batches(min(a.batch, b.batch) if not (a.exactly or b.exactly) else max(a.batch, b.batch)):
             progress(done, total)
@@ -113,14 +114,17 @@ def compare(
             labels = winner(logits["a"]) if inputs.labels is None else inputs.labels[done : done + len(batch)]
             parts.append(rows_of(labels, logits, keep))
             if done == 0 and a.exact is not None:
-                plain = logits["a"][:REFERENCE]
-                exact = a.exact(batch[:REFERENCE])
+                try:
+                    plain, exact = logits["a"][:REFERENCE], a.exact(batch[:REFERENCE])
+                except StageFailed as error:  # a foreign operator: the margins are measured all the same
+                    why_not = error.what
             done += len(batch)
     progress(total, total)
     ledger = Ledger(("a", "b"), joined(parts), 0.0)
     kept = ledger.rows.kept_classes
     gap = None if exact is None or plain is None else reference_gap(exact, plain)
     facts = _facts(a, b, inputs, ledger, gap, int(logits["a"].shape[1]), confidence, candidates)
+    facts["reference_why_not"] = why_not
     if noise is not None:
         facts["noise_floor"] = _noise_floor(a, b, inputs, noise)
     if proofs is not None:

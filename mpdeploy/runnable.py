@@ -285,6 +285,8 @@ def open_inputs(text: str, split: str, samples: int, seed: int, preprocessing: C
         Unavailable: the package that holds a set is not installed.
     """
     path = Path(text)
+    if split not in ("train", "val"):
+        raise RecipeError(f"There is no split {split!r}; expected train or val.")
     if path.suffix in (".npy", ".npz") and (ready := _ready_inputs(path)) is not None:
         inputs, labels = ready
         count = samples or len(inputs)

@@ -218,9 +218,13 @@ def pair_tables(pair: "Pair") -> None:
     if gap := facts["reference"]:
         step = f"A in float64 -> float32 ({gap['samples']} images)"
         made.add_row(step, _short(gap["eps_inf_max"]), _short(gap["eps_inf_median"]), "", "")
+    else:
+        made.add_row("A in float64: not run", "", "", "", "")
     shares = (_share(spent["share_median"]), _share(spent["share_p99"]))
     made.add_row("A -> B", _short(spent["eps_inf_max"]), _short(spent["eps_inf_median"]), *shares)
     out.print(made, "")
+    if facts["reference_why_not"]:
+        out.print(f"A was not run in float64: {facts['reference_why_not']}", "", soft_wrap=True)
     if noise := facts.get("noise_floor"):
         out.print(noise.get("reason") or noise["why_not"], "")
     if "proofs" in facts:

@@ -229,3 +229,26 @@ def test_proofs_of_two_foreign_files(call, tmp_path):
     assert not claims["zero_budget"]["holds"]
     code, out, _ = call(a, b, "--data", tmp_path / "inputs.npy", "--proofs", "3", "--ball", "1e-4")
     assert code == 0 and "both networks agree in real arithmetic" in out and "same label on the whole ball" in out
+
+
+def test_a_foreign_operator_keeps_only_the_float64_run_away(call, tmp_path):
+    """The margins are measured in ONNX Runtime; what needs our own evaluation of the graph says why it isn't there."""
+    weight = np.random.default_rng(0).normal(size=(int(np.prod(SIZE)), 5)) / 100
+    model = onnx.load(linear(tmp_path / "a.onnx", weight))
+    (last,) = (node for node in model.graph.node if node.op_type == "MatMul")
+    last.output[0] = "before"
+    model.graph.node.append(helper.make_node("Sinh", ["before"], ["out"]))
+    onnx.save(model, tmp_path / "foreign.onnx")
+    np.save(tmp_path / "inputs.npy", images(8))
+    code, out, err = call("foreign.onnx", "a.onnx", "--data", "inputs.npy", "--json")
+    facts = json.loads(out)
+    assert code == 0 and facts["samples"] == 8 and facts["reference"] is None, err
+    assert "Sinh" in facts["reference_why_not"]
+    code, out, _ = call("foreign.onnx", "a.onnx", "--data", "inputs.npy")
+    assert code == 0 and "was not run in float64" in out
+
+
+@pytest.mark.parametrize("options", [("--split", "test"), ("--confidence", "2"), ("--ball", "-1"), ("--keep", "1")])
+def test_senseless_options_are_usage_errors(folder, call, options):
+    code, _, err = call("fp32.onnx", "fp32.onnx", "--data", "inputs.npy", *options)
+    assert code == 2 and "Traceback" not in err
