@@ -1,23 +1,14 @@
 """Each guard of verify.py is there for a forgery: a sample of them here, all of them by tools/mutate_verifier.py."""
 
 import ast
-import importlib.util
 import random
-import sys
 from pathlib import Path
 
 import pytest
+from conftest import loaded
 
 TOOL = Path(__file__).parents[1] / "tools" / "mutate_verifier.py"
 SAMPLE = 25
-
-
-def loaded(path):
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[path.stem] = module
-    spec.loader.exec_module(module)
-    return module
 
 
 tool = loaded(TOOL)

@@ -1,7 +1,7 @@
 """`mpdeploy certify A B`: any two networks with the same outputs, also ones that mpdeploy never made."""
 
 import json
-import sys
+from functools import partial
 
 import numpy as np
 import onnx
@@ -13,25 +13,14 @@ from runtime_networks import SIZE, images, vit_onnx
 from safetensors.numpy import load_file
 
 import mpdeploy
-from mpdeploy import cli
 from mpdeploy.certify.data_path import changed_ops
 from mpdeploy.errors import RecipeError, StageFailed
 from mpdeploy.runnable import open_inputs, opened
 
 
 @pytest.fixture
-def call(capsys, monkeypatch, tmp_path):
-    """Run the command line in this process, in an empty folder; returns (exit code, stdout, stderr)."""
-    monkeypatch.chdir(tmp_path)
-
-    def run(*args):
-        monkeypatch.setattr(sys, "argv", ["mpdeploy", "certify", *map(str, args)])
-        with pytest.raises(SystemExit) as stopped:
-            cli.main()
-        out = capsys.readouterr()
-        return stopped.value.code or 0, out.out, out.err
-
-    return run
+def call(command):
+    return partial(command, "certify")
 
 
 @pytest.fixture

@@ -6,6 +6,7 @@ import json
 import re
 import subprocess
 import sys
+from functools import partial
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from test_report import MEASURE, Page, browse, in_browser
 from torch import nn
 
 import mpdeploy
-from mpdeploy import cli, spectra
+from mpdeploy import spectra
 from mpdeploy.errors import CorruptArtifact, RecipeError, Unavailable
 from mpdeploy.pruning.spectrum import DOUBTS, Spectrum, fit, opinions
 
@@ -28,18 +29,8 @@ BLOCKS = [f"blocks.{i}.{part}" for i in (0, 1) for part in ("attn.qkv", "attn.pr
 
 
 @pytest.fixture
-def call(capsys, monkeypatch, tmp_path):
-    """Run the command line in this process, in an empty folder; returns (exit code, stdout, stderr)."""
-    monkeypatch.chdir(tmp_path)
-
-    def run(*args):
-        monkeypatch.setattr(sys, "argv", ["mpdeploy", "spectrum", *map(str, args)])
-        with pytest.raises(SystemExit) as stopped:
-            cli.main()
-        out = capsys.readouterr()
-        return stopped.value.code or 0, out.out, out.err
-
-    return run
+def call(command):
+    return partial(command, "spectrum")
 
 
 @pytest.fixture(scope="module")

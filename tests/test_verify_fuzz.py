@@ -5,24 +5,16 @@ import importlib.util
 import itertools
 import json
 import random
-import sys
 from pathlib import Path
 
 import pytest
+from conftest import loaded
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 TOOL = Path(__file__).parents[1] / "tools" / "fuzz_verifier.py"
 CASES = {"bytes": 800, "manifest": 400, "rehashed": 250, "value": 350, "tensor": 200}
 MANY = settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
-
-
-def loaded(path):
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[path.stem] = module
-    spec.loader.exec_module(module)
-    return module
 
 
 tool = loaded(TOOL)
